@@ -1,0 +1,44 @@
+"""Write constraints.txt: the exact version of everything the kit pulls in, as installed in this environment."""
+
+import configparser
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = re.compile(r"[-_.]+")
+
+
+def closure(requirements):
+    """Name -> version of each requirement and all that it needs, here and now."""
+    found, todo = {}, [(Requirement(r), ()) for r in requirements]
+    seen = set()
+    while todo:
+        requirement, extras_from = todo.pop()
+        key = (NAME.sub("-", requirement.name).lower(), tuple(sorted(requirement.extras)))
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": e}) for e in extras_from or ("",)):
+            continue
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            package = metadata.distribution(requirement.name)
+        except metadata.PackageNotFoundError:
+            sys.exit(f"pin.py: {requirement} is required but not installed; run make setup first")
+        found[key[0]] = package.version.split("+")[0]  # a local build tag such as +cpu is this machine's business
+        todo += [(Requirement(r), tuple(requirement.extras)) for r in package.requires or ()]
+    return found
+
+
+if __name__ == "__main__":
+    parser = configparser.ConfigParser(delimiters=["="], interpolation=None)
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    settings = parser["DEFAULT"]
+    wanted = " ".join(settings[k] for k in ("requirements", "dev_requirements", "docs_requirements")).split()
+    lines = [f"{name}=={version}" for name, version in sorted(closure(wanted).items())]
+    header = "# The versions the kit is tested with; `make pin` writes this file from the environment.\n"
+    (ROOT / "constraints.txt").write_text(header + "\n".join(lines) + "\n", encoding="utf-8")
+    print(f"constraints.txt: {len(lines)} packages")
