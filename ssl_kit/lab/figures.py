@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'DASHES', 'MARKERS', 'WIDTHS_IN', 'STYLE_FILE', 'line_style', 'style_parameters', 'figure_style',
-           'set_figure_style', 'new_figure', 'write_together', 'render_figure', 'save_figure', 'read_figure_data',
-           'latex_table']
+           'set_figure_style', 'new_figure', 'write_together', 'settled_layout', 'render_figure', 'save_figure',
+           'read_figure_data', 'latex_table']
 
 # %% ../../nbs/lab/figures.ipynb #6c49798a
 import contextlib
@@ -92,7 +92,7 @@ def new_figure(width: str | float = "text", aspect: float = 0.55, **subplots_kw:
     with figure_style():
         return plt.subplots(figsize=(inches, inches * aspect), **subplots_kw)
 
-# %% ../../nbs/lab/figures.ipynb #f7d30256
+# %% ../../nbs/lab/figures.ipynb #b7828b3e
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _METADATA = {"pdf": {"CreationDate": None, "Creator": "ssl_kit"}, "png": {"Software": None},
              "svg": {"Date": None, "Creator": "ssl_kit"}}
@@ -109,12 +109,30 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
                 os.fsync(file.fileno())
 
 
+@contextlib.contextmanager
+def settled_layout(fig: "matplotlib.figure.Figure") -> Iterator[None]:
+    "Lay `fig` out until nothing moves and hold it there; each drawing would shift the axes a little otherwise."
+    before = None
+    for _ in range(8):
+        fig.draw_without_rendering()
+        now = [tuple(axes.get_position().bounds) for axes in fig.axes]
+        if now == before:
+            break
+        before = now
+    engine = fig.get_layout_engine()
+    fig.set_layout_engine("none")
+    try:
+        yield
+    finally:
+        fig.set_layout_engine(engine)
+
+
 def render_figure(fig: "matplotlib.figure.Figure", fmt: str) -> bytes:
     "The figure as bytes of `fmt` (pdf, png or svg), the same bytes for the same figure."
     if fmt not in _METADATA:
         raise ParameterError(f"format {fmt!r}: expected one of {', '.join(_METADATA)}")
     buffer = io.BytesIO()
-    with figure_style():
+    with figure_style(), settled_layout(fig):
         fig.savefig(buffer, format=fmt, metadata=_METADATA[fmt])
     return buffer.getvalue()
 
@@ -148,11 +166,12 @@ def save_figure(fig: "matplotlib.figure.Figure", name: str, data: Any, folder: s
     write_together({paths[kind]: content for kind, content in contents.items()})
     return {"origin" if kind == "origin.json" else kind: path for kind, path in paths.items()}
 
-# %% ../../nbs/lab/figures.ipynb #a05edf39
+# %% ../../nbs/lab/figures.ipynb #fbbbaf27
 def read_figure_data(path: str | os.PathLike) -> "pd.DataFrame":
     "The numbers behind a saved figure, digit for digit (`path` is the CSV beside it)."
     import pandas as pd
 
     if not Path(path).is_file():
         raise MissingDataError(f"{path}: expected the CSV that save_figure left beside a figure, found none")
-    return pd.read_csv(path, float_precision="round_trip")
+    exact = {"float_precision": "round_trip"} if int(pd.__version__.split(".")[0]) < 3 else {}  # the default since 3
+    return pd.read_csv(path, **exact)
