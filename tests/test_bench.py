@@ -60,7 +60,8 @@ def toy(monkeypatch, tmp_path):
         "    print('a library talks')\n"
         "    return compare('one', 1.0 if quick else 2.0, 's', 'peer', 4.0, 3)\n"
         "def two(quick=False):\n"
-        "    return [compare('two', 1.0, 's', None, None, detail={'n': 7}), compare('zwei', 2.0, 's', 'peer', 1.0, 1)]\n")
+        "    return [compare('two', 1.0, 's', None, None, detail={'n': 7}),\n"
+        "            compare('zwei', 2.0, 's', 'peer', 1.0, 1)]\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(bench, "BENCHES", {"one": "toy_bench:one", "two": "toy_bench:two"})
 
