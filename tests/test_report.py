@@ -1,0 +1,243 @@
+"""The HTML report and the thesis set: self-contained, escaped, fits a phone; stale figures are found."""
+
+import argparse
+import base64
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from ssl_kit.lab import figures, figures_command, report, report_command
+from ssl_kit.lab.errors import DataError, MissingDataError, ParameterError, StorageError
+from ssl_kit.lab.files import read_json, write_json
+from ssl_kit.lab.runs import Run
+
+NASTY = "<script>alert('1')</script> & \"quoted\""
+CURVE = {"rate": [0.0, 0.5, 1.0], "mae_deg": [15.4, 12.1, 15.7]}
+
+
+def make_run(runs, stage, run_id, figure=None, state="finished", profile="quick", thesis=True, value=15.4):
+    """A run folder as the runner leaves it, without running anything."""
+    import matplotlib.pyplot as plt
+
+    folder = runs / stage / run_id
+    write_json(folder / "params.json", {"seed": 0, "note": NASTY, "t60_s": [0.2, 0.8]})
+    write_json(folder / "metrics.json", {"auroc": {"entropy": 0.83}, "headline": [
+        {"label": f"MAE {NASTY}", "value": value, "unit": "°", "interval": [14.1, 16.9]},
+        {"label": "within 5°", "value": 61.2, "unit": "%"}]})
+    write_json(folder / "provenance.json", {"title": f"Stage {stage}", "profile": profile, "seed": 0, "device": "cpu",
+                                            "code": {"version": "0.1.0", "digests": {"stage": "ab"}}})
+    write_json(folder / "status.json", {"state": state, "profile": profile})
+    if figure:
+        fig = plt.figure(figsize=(2, 1))
+        fig.add_subplot().plot(CURVE["rate"], CURVE["mae_deg"])
+        origin = {"stage": stage, "run_id": run_id, "thesis": thesis, "caption": f"Error {NASTY}"}
+        figures.save_figure(fig, figure, CURVE, folder / "figures", origin=origin)
+        (folder / "tables").mkdir(exist_ok=True)
+        wide = {f"column_{k}_with_a_long_name": [0.123456789, 2.5] for k in range(14)}
+        pd.DataFrame({"method": ["max_prob", NASTY], **wide}).to_csv(folder / "tables" / "results.csv", index=False)
+        (folder / "tables" / f"{figure}_table.tex").write_text("\\toprule")
+    return Run(folder)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL_KIT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("SSL_KIT_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setattr(figures_command, "_code_reasons", lambda origin: [])
+    return tmp_path / "runs"
+
+
+def call(module, name, *words):
+    parser = argparse.ArgumentParser()
+    getattr(module, f"add_{name}_arguments")(parser)
+    return getattr(module, f"run_{name}")(parser.parse_args(words))
+
+
+class Page(HTMLParser):
+    """Tags, addresses and text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.addresses, self.tags, self.text = [], [], set(), ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        self.addresses += [value for key, value in attributes if key in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+# -- the report -------------------------------------------------------------------------------------------------
+
+
+def test_page_is_self_contained_escaped_and_well_formed(runs, tmp_path):
+    run = make_run(runs, "routing_study", "ab12", "mae_vs_rate")
+    text = report.build_report([run, make_run(runs, "rooms", "cd34")], tmp_path / "report.html").read_text("utf-8")
+    page = Page(text)
+    assert page.open == [] and not {"script", "link", "iframe", "object"} & page.tags
+    assert all(a.startswith(("data:image/png;base64,", "data:text/csv;base64,", "#", "runs/")) for a in page.addresses)
+    assert not re.search(r"url\(|@import|https?://", text)
+    assert "<script>" not in text and page.text.count(NASTY) >= 4
+    for expected in ("15.4°", "14.1 to 16.9", "61.2\u202f%", "Parameters", "t60_s", "auroc.entropy", "run folder"):
+        assert expected in page.text
+    data = next(a for a in page.addresses if a.startswith("data:text/csv"))
+    assert base64.b64decode(data.partition(",")[2]) == (run.folder / "figures" / "mae_vs_rate.csv").read_bytes()
+
+
+def test_links_lead_to_the_run_folders(runs, tmp_path):
+    page = report.build_report([make_run(runs, "rooms", "cd34")], tmp_path / "pages" / "r.html")
+    link = next(a for a in Page(page.read_text("utf-8")).addresses if "cd34" in a and not a.startswith("#"))
+    assert (page.parent / link / "params.json").is_file()
+
+
+def test_a_run_that_failed_says_so(runs, tmp_path):
+    run = make_run(runs, "rooms", "cd34", state="failed")
+    (run.folder / "metrics.json").unlink()
+    (run.folder / "provenance.json").unlink()
+    assert "failed" in Page(report.build_report([run.folder], tmp_path / "r.html").read_text("utf-8")).text
+
+
+def test_report_refuses_nothing_and_no_run(tmp_path):
+    with pytest.raises(ParameterError, match="at least one run"):
+        report.build_report([], tmp_path / "r.html")
+    with pytest.raises(MissingDataError, match="params.json"):
+        report.build_report([tmp_path], tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_page_never_scrolls_sideways(runs, tmp_path):
+    text = report.build_report([make_run(runs, "routing_study", "ab12", "mae")], tmp_path / "r.html").read_text("utf-8")
+    source = html.escape(text.replace("<details>", "<details open>"))
+    style = "height:900px;border:0;width"
+    frames = "".join(f'<iframe style="{style}:{w}px" srcdoc="{source}"></iframe>' for w in (360, 1200))
+    (tmp_path / "frames.html").write_text(
+        f"{frames}<p id='o'></p><script>const width = d => [d.scrollWidth, d.clientWidth]; onload = () => {{"
+        " o.textContent = 'widths ' + [0, 1].map(k => width(window[k].document.documentElement)).join(' '); }</script>",
+        encoding="utf-8")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+               "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000",
+               "--virtual-time-budget=4000", "--dump-dom", (tmp_path / "frames.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=90).stdout
+    for pair in re.search(r"widths ([\d, ]+)", dom)[1].split():
+        scroll, client = map(int, pair.split(","))
+        assert 300 < client and scroll <= client  # nothing sticks out of the page
+
+
+def test_report_command_takes_the_newest_of_each_stage(runs, capsys):
+    for number, (stage, run_id) in enumerate([("rooms", "a1"), ("study", "b1"), ("rooms", "a2")]):
+        run = make_run(runs, stage, run_id)
+        os.utime(run.folder / "status.json", (1e9 + number, 1e9 + number))
+    make_run(runs, "tiny", "c1", profile="ci")
+    make_run(runs, "broken", "d1", state="failed")
+    assert call(report_command, "report", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["runs"] == ["study/b1", "rooms/a2"] and os.path.isfile(answer["report"])
+    call(report_command, "report", "a1", "-o", str(runs / "x.html"), "--title", "Just one")
+    assert "Just one" in (runs / "x.html").read_text("utf-8")
+
+
+def test_report_command_without_runs_says_what_to_do(runs):
+    with pytest.raises(MissingDataError, match="ssl-kit study"):
+        call(report_command, "report")
+
+
+# -- the thesis set ---------------------------------------------------------------------------------------------
+
+
+def test_export_then_check(runs, tmp_path, capsys):
+    make_run(runs, "routing_study", "ab12", "mae_vs_rate")
+    make_run(runs, "rooms", "cd34", "room_plan", thesis=False)
+    assert call(figures_command, "figures", "--json") == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["mae_vs_rate", "mae_vs_rate_table"]
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names == {"mae_vs_rate.pdf", "mae_vs_rate.png", "mae_vs_rate.csv", "mae_vs_rate.origin.json",
+                     "mae_vs_rate_table.tex", "mae_vs_rate_table.origin.json"}
+    assert read_json(tmp_path / "figures" / "mae_vs_rate.origin.json")["code_digests"] == {"stage": "ab"}
+    assert call(figures_command, "figures", "--check") == 0
+    assert capsys.readouterr().out.count("fresh") == 2
+
+
+def stale(capsys):
+    assert call(figures_command, "figures", "--check", "--json") == 1
+    return {row["name"]: row["reasons"] for row in json.loads(capsys.readouterr().out)}
+
+
+def test_check_names_each_reason(runs, tmp_path, capsys, monkeypatch):
+    make_run(runs, "routing_study", "ab12", "mae_vs_rate")
+    figures_command.export_figures()
+    exported = tmp_path / "figures"
+    (exported / "mae_vs_rate.csv").write_text("rate\n")
+    (exported / "mae_vs_rate.pdf").unlink()
+    assert stale(capsys)["mae_vs_rate"] == ["mae_vs_rate.pdf is missing", "mae_vs_rate.csv was altered"]
+    figures_command.export_figures()
+    newer = make_run(runs, "routing_study", "ef56")
+    os.utime(newer.folder / "status.json", (4e9, 4e9))
+    assert stale(capsys)["mae_vs_rate"] == ["a newer run has finished: routing_study/ef56"]
+    shutil.rmtree(runs)
+    assert stale(capsys)["mae_vs_rate"] == ["its run routing_study/ab12 is not here"]
+    monkeypatch.setattr(figures_command, "_code_reasons", lambda origin: ["code has changed since (stage)"])
+    assert stale(capsys)["mae_vs_rate"][-1] == "code has changed since (stage)"
+
+
+def test_changed_code_is_noticed(runs, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    cells = [{"cell_type": "code", "metadata": {"tags": [tag]}, "source": source} for tag, source in [
+        ("stage", "STAGE = dict(title='Toy')"), ("parameters", "seed: int = 0"), ("work", "x = 1")]]
+    stages = tmp_path / "stages"
+    monkeypatch.setenv("SSL_KIT_STAGES", str(stages))
+    write_json(stages / "toy.ipynb", {"cells": cells})
+    from ssl_kit.lab.provenance import code_digests
+    from ssl_kit.lab.stages import find_stage
+
+    origin = {"stage": "toy", "code_digests": code_digests(find_stage("toy").source)}
+    assert figures_command._code_reasons(origin) == []
+    cells[2]["source"] = "x = 2"
+    write_json(stages / "toy.ipynb", {"cells": cells})
+    assert figures_command._code_reasons(origin) == ["code has changed since (stage)"]
+
+
+def test_two_stages_may_not_share_a_name(runs):
+    make_run(runs, "one", "a1", "mae")
+    make_run(runs, "two", "b1", "mae")
+    with pytest.raises(DataError, match="stage two and stage one both make one"):
+        figures_command.export_figures()
+
+
+def test_a_figure_altered_in_its_run_is_not_exported(runs, tmp_path):
+    run = make_run(runs, "one", "a1", "mae")
+    (run.folder / "figures" / "mae.csv").write_text("rate\n")
+    with pytest.raises(DataError, match="ssl-kit run one --force"):
+        figures_command.export_figures()
+    assert not (tmp_path / "figures").exists()
+
+
+def test_export_to_a_full_disk_changes_nothing(runs, tmp_path, monkeypatch):
+    import errno
+
+    make_run(runs, "one", "a1", "mae")
+    figures_command.export_figures()
+    before = {p.name: p.read_bytes() for p in (tmp_path / "figures").iterdir()}
+    make_run(runs, "one", "a1", "mae", value=3.0, thesis=True)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError):
+        figures_command.export_figures()
+    assert {p.name: p.read_bytes() for p in (tmp_path / "figures").iterdir()} == before
