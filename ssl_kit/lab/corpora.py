@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'SPEECH_CORPORA', 'NOISE_CORPORA', 'Utterance', 'assert_disjoint', 'cut_speakers', 'speech_corpus',
            'noise_corpus']
 
-# %% ../../nbs/lab/corpora.ipynb #0b006a5c
+# %% ../../nbs/lab/corpora.ipynb #d9fcef35
 import csv
 import hashlib
 import re
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .audio import audio_info
-from .dataroot import data_folder, data_root, find_by_content
+from .dataroot import cache_root, data_folder, data_root, folders_below
 from .embedded import embedded_folder, embedded_index
 from .errors import DataError, MissingDataError, ParameterError
 from .noises import SYNTHETIC_KINDS, NoiseClip, stable_seed
@@ -61,24 +61,27 @@ def cut_speakers(speakers: Iterable[str]) -> dict[str, str]:
     names += ["train"] * (len(ordered) - len(names))
     return dict(zip(ordered, names, strict=True))
 
-# %% ../../nbs/lab/corpora.ipynb #3e0abe51
+# %% ../../nbs/lab/corpora.ipynb #c4db4dac
 _LIBRISPEECH_NAME = re.compile(r"(\d+)-(\d+)-(\d+)\.flac")
 
 
 def _librispeech_folders(root) -> list[tuple[str, Path]]:
     "(kind, folder) pairs, kind being train, dev or test: the flat layout of the data root, or OpenSLR's own."
-    top = Path(root) if root is not None else data_root()
-    speech = top / "speech"
-    if (speech / "train").is_dir():
-        return [(kind, speech / kind) for kind in ("train", "test") if (speech / kind).is_dir()]
-    original = find_by_content(top, lambda folder: (folder / "SPEAKERS.TXT").is_file())
-    found = [] if original is None else [(child.name.split("-")[0], child) for child in sorted(original.iterdir())
-                                         if child.name.split("-")[0] in ("train", "dev", "test") and child.is_dir()]
-    if not found:
-        raise MissingDataError(f"no LibriSpeech below {top}: expected speech/train with files named "
-                               f"speaker-chapter-utterance.flac, or OpenSLR's folder with SPEAKERS.TXT; set "
-                               f"SSL_KIT_DATA, run 'ssl-kit data fetch librispeech', or use corpus 'embedded'")
-    return found
+    tops = [Path(root)] if root is not None else [data_root(required=False), cache_root() / "librispeech"]
+    for top in filter(None, tops):
+        speech = top / "speech"
+        if (speech / "train").is_dir():
+            return [(kind, speech / kind) for kind in ("train", "test") if (speech / kind).is_dir()]
+        # each OpenSLR archive brings a LibriSpeech folder of its own, with train-clean-100, dev-clean … in it
+        originals = [folder for folder in folders_below(top) if (folder / "SPEAKERS.TXT").is_file()]
+        found = [(child.name.split("-")[0], child) for folder in originals for child in sorted(folder.iterdir())
+                 if child.name.split("-")[0] in ("train", "dev", "test") and child.is_dir()]
+        if found:
+            return found
+    looked = " or ".join(str(top) for top in tops if top)
+    raise MissingDataError(f"no LibriSpeech below {looked}: expected speech/train with files named "
+                           f"speaker-chapter-utterance.flac, or OpenSLR's folder with SPEAKERS.TXT; set SSL_KIT_DATA, "
+                           f"run 'ssl-kit data fetch librispeech', or use corpus 'embedded'")
 
 
 def _librispeech(root) -> list[Utterance]:
