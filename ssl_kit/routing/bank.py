@@ -20,7 +20,7 @@ from ..arrays.angles import angular_error_deg
 from ..lab.errors import DataError, MissingDataError
 from ..lab.files import atomic_write
 
-# %% ../../nbs/routing/bank.ipynb #4fe80172
+# %% ../../nbs/routing/bank.ipynb #509ffe68
 @dataclass(frozen=True, eq=False)
 class ErrorTable:
     """Answers and errors of one localizer on n recordings; the plain-CSV case of a bank.
@@ -64,13 +64,22 @@ class ErrorTable:
                             f"{self.abs_errors[outside][0]} in row {int(np.argmax(outside))}")
 
     def take(self, rows) -> "ErrorTable":
-        "The recordings `rows` (indices or mask) alone."
-        parts = {name: getattr(self, name)[rows] for name in self._per_recording() if getattr(self, name) is not None}
-        return replace(self, **parts, columns={name: column[rows] for name, column in self.columns.items()})
+        "The recordings `rows` (indices or mask) alone, with what is cached about them."
+        part = object.__new__(type(self))  # every row was checked when this table was made
+        part.__dict__.update({name: value[rows] if name in self._per_recording() and value is not None else value
+                              for name, value in self.__dict__.items()})
+        part.__dict__["columns"] = {name: column[rows] for name, column in self.columns.items()}
+        part.__dict__["_cache"] = {key: _rows_of(value, rows) for key, value in self._cache.items()}
+        return part
 
     def with_columns(self, **columns) -> "ErrorTable":
         "The same table with further columns (n,)."
-        return replace(self, columns={**self.columns, **columns})
+        for name, column in columns.items():
+            _check_rows(f"column {name!r}", np.asarray(column), (len(self),))
+        whole = object.__new__(type(self))
+        whole.__dict__.update(self.__dict__)
+        whole.__dict__["columns"] = {**self.columns, **{name: np.asarray(part) for name, part in columns.items()}}
+        return whole
 
     def column(self, name: str) -> np.ndarray:
         "The column `name` (n,); DataError listing the columns there are."
@@ -79,7 +88,7 @@ class ErrorTable:
         return self.columns[name]
 
     def cached(self, key, make: Callable[[], object]):
-        "What `make()` gives, computed once for this table."
+        "What `make()` gives, one row per recording (an array, or a dict of arrays), computed once for this table."
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
@@ -87,10 +96,15 @@ class ErrorTable:
     def _per_recording(self) -> tuple[str, ...]:
         return _PER_RECORDING
 
-# %% ../../nbs/routing/bank.ipynb #c653134b
+# %% ../../nbs/routing/bank.ipynb #273b43c6
 _PER_RECORDING = ("predicted_angles", "gt_angles", "abs_errors", "global_indices", "filenames", "group_ids", "speakers")
 _NOT_ARRAYS = ("columns", "head", "_cache")
 _BLOCK = 256  # recordings looked at in one go, so that a memory-mapped bank is never whole in memory
+
+
+def _rows_of(value, rows):
+    "Rows of an array, or of each array of a dict."
+    return {key: part[rows] for key, part in value.items()} if isinstance(value, dict) else value[rows]
 
 
 def _check_rows(name: str, values: np.ndarray, shape: tuple) -> None:
