@@ -18,8 +18,9 @@ FORMULA = re.compile(r"(<(?:code|pre|script|style|textarea)\b.*?</(?:code|pre|sc
 FOREIGN = re.compile(r'<script src="">\s*</script>|<script type="text/x-mathjax-config">.*?</script>'
                      r'|<script type="module">(?:(?!</script>).)*?mermaid.*?</script>', re.DOTALL)
 STYLE = """<style>
-.md-grid { max-width: 76rem; } .jupyter-wrapper .jp-InputPrompt, .jupyter-wrapper .jp-OutputPrompt { display: none; }
-.jupyter-wrapper .jp-Cell-inputWrapper { margin-left: 0; } .jupyter-wrapper .highlight pre { font-size: .68rem; }
+.md-grid { max-width: 76rem; }
+.jupyter-wrapper .jp-InputPrompt, .jupyter-wrapper .jp-OutputPrompt { display: none !important; }
+.jupyter-wrapper .highlight pre { font-size: .66rem !important; }
 </style>
 </head>"""
 
