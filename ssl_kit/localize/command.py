@@ -50,7 +50,7 @@ def add_localize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="a JSON list; with --stream one JSON object per line")
     parser.add_argument("--plot", metavar="PICTURE", help="draw the answers into this .png, .pdf or .svg")
 
-# %% ../../nbs/localize/command.ipynb #50cca2f6
+# %% ../../nbs/localize/command.ipynb #b9a2f7ef
 BLOCK_S, WINDOW_S = 0.1, 1.0
 
 
@@ -94,7 +94,8 @@ def stream_file(path, geometry, method_name: str, channels, sample_rate: int):
         if isinstance(answer, tuple):
             azimuth, confidence = answer
         else:
-            azimuth, confidence = answer.azimuth_deg[0], answer.confidence[0]
+            # before the first sound the map is zero everywhere
+            azimuth, confidence = answer.azimuth_deg[0] if answer.score.any() else None, answer.confidence[0]
         time_s += block.shape[1] / sample_rate
         yield {"file": str(path), "time_s": round(time_s, 4), "azimuth_deg": None if azimuth is None else
                round(float(azimuth), 2), "confidence": round(float(confidence), 4), "method": method_name}
