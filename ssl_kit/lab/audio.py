@@ -83,7 +83,7 @@ def audio_info(path) -> AudioInfo:
     with _open(path) as sound:
         return AudioInfo(Path(path), sound.samplerate, sound.channels, sound.frames, sound.format, sound.subtype)
 
-# %% ../../nbs/lab/audio.ipynb #d3fe3e34
+# %% ../../nbs/lab/audio.ipynb #84c9f6c0
 _SILENCE_PEAK = 1e-5  # -100 dB below full scale: under the last bit of 16-bit audio (3.1e-5)
 
 
@@ -125,8 +125,9 @@ def check_audio(samples, name, channels=None, min_duration_s=None, sample_rate: 
         dead = ", ".join(str(channel) for channel in np.flatnonzero(peaks < _SILENCE_PEAK))
         warnings.warn(f"{name}: channel(s) {dead} are silent while others are not", AudioWarning, stacklevel=2)
     if peaks.max() >= 0.999:
-        full = np.abs(rows) >= 0.999
-        runs = (full[:, 2:] & full[:, 1:-1] & full[:, :-2]).sum()  # one loud sample is no clipping, three in a row are
+        # one loud sample is no clipping, nor is the round top of a wave: three equal ones in a row are
+        flat = (np.diff(rows, axis=1) == 0) & (np.abs(rows[:, 1:]) >= 0.999)
+        runs = (flat[:, 1:] & flat[:, :-1]).sum()
         if runs:
             warnings.warn(f"{name}: clipped: {runs + 2} samples stand at full scale", AudioWarning, stacklevel=2)
     return samples
@@ -231,7 +232,7 @@ def stream_audio(path, block_s: float = 4.0, sample_rate: int | None = 16000, ch
         if ready.shape[1]:
             yield np.ascontiguousarray(ready)
 
-# %% ../../nbs/lab/audio.ipynb #0232677b
+# %% ../../nbs/lab/audio.ipynb #6c551c2f
 def write_audio(path, samples, sample_rate: int = 16000, subtype: str | None = None) -> Path:
     """Write (channel, sample) or (sample,) to FLAC, WAV or Ogg, chosen by suffix; 16-bit by default.
 
@@ -246,6 +247,9 @@ def write_audio(path, samples, sample_rate: int = 16000, subtype: str | None = N
     kind = {".flac": "FLAC", ".wav": "WAV", ".ogg": "OGG"}.get(path.suffix.lower())
     if kind is None:
         raise ParameterError(f"cannot write {path}: expected the suffix .flac, .wav or .ogg, found {path.suffix!r}")
+    if kind == "FLAC" and rows.shape[0] > 8:
+        raise ParameterError(f"cannot write {path}: FLAC holds at most 8 channels, found {rows.shape[0]}; write WAV, "
+                             f"or one file a channel")
     subtype = subtype or soundfile.default_subtype(kind)
     if not soundfile.check_format(kind, subtype):
         raise ParameterError(f"cannot write {path}: {kind} has no subtype {subtype!r}; it has "

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ResumingDownloader', 'FetchedFile', 'fetch_file', 'FetchedArchive', 'choose_archives', 'fetch_dataset']
 
-# %% ../../nbs/lab/fetch.ipynb #9276803f
+# %% ../../nbs/lab/fetch.ipynb #ebbb7832
 import os
 import shutil
 import time
@@ -16,7 +16,7 @@ from .dataroot import cache_root
 from .errors import DataError, MissingDataError, ParameterError, StorageError
 from .extract import UnpackedFile, extract_archive
 from .files import file_lock, read_json, sha256_file, write_json
-from .manifests import DOWNLOADS_FOLDER, RECEIPTS_FOLDER, Archive, Manifest
+from .manifests import DOWNLOADS_DIR, RECEIPTS_DIR, Archive, Manifest
 
 # %% ../../nbs/lab/fetch.ipynb #dd4b154a
 _BLOCK = 1 << 18
@@ -177,7 +177,7 @@ def fetch_file(archive: Archive, folder, retries: int = 5, pause_s: float = 0.5)
                                f"altered, or newer than the manifest")
     raise DataError(f"could not fetch {archive.file}: " + "; ".join(reasons))
 
-# %% ../../nbs/lab/fetch.ipynb #bdf0bc2d
+# %% ../../nbs/lab/fetch.ipynb #98a5aa88
 @dataclass(frozen=True)
 class FetchedArchive:
     "What `fetch_dataset` did for one archive."
@@ -236,14 +236,14 @@ def fetch_dataset(manifest: Manifest, folder=None, archives=None, everything: bo
         raise MissingDataError(f"{manifest.name} cannot be fetched from a URL. {manifest.obtain or manifest.what}")
     done = []
     for archive in choose_archives(manifest, archives, everything):
-        with file_lock(folder / DOWNLOADS_FOLDER / f".{archive.folder}.unpack.lock"):
+        with file_lock(folder / DOWNLOADS_DIR / f".{archive.folder}.unpack.lock"):
             done.append(_fetch_one(archive, folder, source, keep_archives, retries, pause_s))
     return done
 
 
 def _fetch_one(archive: Archive, folder: Path, source, keep_archives: bool, retries: int,
                pause_s: float) -> FetchedArchive:
-    target, receipt = folder / archive.folder, folder / RECEIPTS_FOLDER / f"{archive.file}.json"
+    target, receipt = folder / archive.folder, folder / RECEIPTS_DIR / f"{archive.file}.json"
     if receipt.is_file() and target.exists():
         written = read_json(receipt)
         return FetchedArchive(archive.file, target, len(written["files"]), written["verified"], written["sha256"], True)
@@ -252,7 +252,7 @@ def _fetch_one(archive: Archive, folder: Path, source, keep_archives: bool, retr
     if target.exists():
         raise ParameterError(f"{target} exists without a receipt of {archive.file}; remove it or choose another folder")
     fetched = _from_folder(archive, source) if source is not None else \
-        fetch_file(archive, folder / DOWNLOADS_FOLDER, retries, pause_s)
+        fetch_file(archive, folder / DOWNLOADS_DIR, retries, pause_s)
     unpacked = folder / f".{archive.folder}.unpacked"  # ours alone; the name appears once the receipt is written
     for leftover in (unpacked, *folder.glob(f".{unpacked.name}.*.unpacking")):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
