@@ -38,7 +38,8 @@ def outputs_left(notebooks):
     """Notebooks with an execution count, or with outputs of more than a few lines."""
     for name, text in notebooks.items():
         cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
-        if any(c["execution_count"] is not None for c in cells) or sum(len(json.dumps(c["outputs"])) for c in cells) > 4000:
+        size = sum(len(json.dumps(c["outputs"])) for c in cells)
+        if size > 4000 or any(c["execution_count"] is not None for c in cells):
             yield name
 
 
