@@ -20,15 +20,15 @@ from typing import Any
 from .errors import MissingDataError, ParameterError
 from .files import atomic_write, file_lock, read_json, sha256_file, write_json
 
-# %% ../../nbs/lab/context.ipynb #a67db120
+# %% ../../nbs/lab/context.ipynb #03aaa5b5
 def runs_folder() -> Path:
     "The folder of all runs: SSL_KIT_RUNS, or ./runs."
     return Path(os.environ.get("SSL_KIT_RUNS") or "runs").expanduser().resolve()
 
 
 def utc_now() -> str:
-    "The time as runs record it: ISO 8601, UTC, whole seconds."
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    "The time as runs record it: ISO 8601, UTC, milliseconds."
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 # %% ../../nbs/lab/context.ipynb #a9be47d6
 _HEADLINE_KEYS = {"label", "value", "unit", "interval"}

@@ -23,7 +23,7 @@ from typing import Any
 
 from .errors import DataError, MissingDataError, StorageError
 
-# %% ../../nbs/lab/files.ipynb #344cc9f1
+# %% ../../nbs/lab/files.ipynb #e8a8eecb
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -31,9 +31,7 @@ def _storage_error(path: Path, error: OSError) -> StorageError:
     "The StorageError that says which file could not be written, why, and what to do."
     advice = "free some space or choose another folder" if error.errno in _SPACE_ERRORS else \
         "check that the folder exists and that you may write there"
-    result = StorageError(f"could not write {path}: {error.strerror or error}; nothing was left half-written; {advice}")
-    result.errno, result.filename = error.errno, str(path)
-    return result
+    return StorageError(f"could not write {path}: {error.strerror or error}; nothing was left half-written; {advice}")
 
 
 def _temporary_beside(path: Path) -> Path:
@@ -183,7 +181,7 @@ def sha256_json(obj: Any) -> str:
     canonical = json.dumps(to_plain(obj), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(canonical.encode("utf-8")).hexdigest()
 
-# %% ../../nbs/lab/files.ipynb #0e4bc6f2
+# %% ../../nbs/lab/files.ipynb #74890306
 def _holder(descriptor: int) -> str:
     "Who holds the lock, for messages."
     return os.pread(descriptor, 64, 0).decode("ascii", "replace").strip() or "unknown"
@@ -217,8 +215,9 @@ def file_lock(path: str | os.PathLike, timeout_s: float | None = None,
                     on_wait(_holder(descriptor))
                 waited = True
                 time.sleep(0.05)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+        with contextlib.suppress(OSError):  # the number is for messages; the lock holds on a full disk, too
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
         yield
     finally:
         os.close(descriptor)  # closing releases the lock

@@ -28,7 +28,7 @@ def _print_json(obj: Any) -> None:
 def _shorten(text: str, width: int = 60) -> str:
     return text if len(text) <= width else text[:width - 1] + "…"
 
-# %% ../../nbs/lab/run_commands.ipynb #b7a0e64d
+# %% ../../nbs/lab/run_commands.ipynb #c653034a
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of `ssl-kit list`."
     parser.add_argument("stage", nargs="?", help="show the parameters and runs of this stage")
@@ -63,7 +63,8 @@ def run_list(args: argparse.Namespace) -> int:
               if stages else "no stages")
     if runs:
         shown = runs if args.all else runs[-20:]
-        print("\n" + text_table([[row["stage"], row["run_id"], row["state"], row["profile"] or "", row["started"] or "",
+        print("\n" + text_table([[row["stage"], row["run_id"], row["state"], row["profile"] or "",
+                                  (row["started"] or "")[:19].replace("T", " "),
                                   _shorten("; ".join(f"{h['label']} {format_headline(h)}" for h in row["headline"]))]
                                  for row in shown], ("stage", "run", "state", "profile", "started", "result")))
         if len(shown) < len(runs):

@@ -1,0 +1,177 @@
+"""The command `ssl-kit`: start-up, help, errors, and the commands about runs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from stage_notebooks import write_stage, write_toy
+
+from ssl_kit.lab import doctor
+from ssl_kit.lab import runs as runs_module
+from ssl_kit.lab.cli import COMMANDS, main
+from ssl_kit.lab.execute import StageFailure
+from ssl_kit.lab.files import write_json
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """Two stages; executing one leaves metrics without a kernel, and fails when the parameter `fail` says so."""
+    write_toy(tmp_path / "stages")
+    write_stage(tmp_path / "stages", "above", "dict(title='Above', needs=['toy'])", "seed: int = 0\nrate: float = 0.5")
+    for name in ("stages", "runs", "figures"):
+        monkeypatch.setenv(f"SSL_KIT_{name.upper()}", str(tmp_path / name))
+    monkeypatch.delenv("SSL_KIT_RUN_DIR", raising=False)
+    monkeypatch.delenv("SSL_KIT_DATA", raising=False)
+
+    def execute(notebook, run_dir, values, environment, on_cell):
+        if values.get("fail"):
+            raise StageFailure("cell 4 failed with ValueError: told to fail")
+        value = float(values["seed"] + values.get("n_steps", 0))
+        write_json(run_dir / "metrics.json", {"headline": [{"label": "MAE", "value": value, "unit": "°",
+                                                            "interval": [value - 1, value + 1]}]})
+        return 2**20
+
+    monkeypatch.setattr(runs_module, "execute_notebook", execute)
+    return tmp_path
+
+
+def answer(capsys, *arguments, code=0):
+    """stdout of a command, as JSON when it asks for it."""
+    assert main(list(arguments)) == code
+    out = capsys.readouterr().out
+    return json.loads(out) if "--json" in arguments else out
+
+
+def test_start_up_is_quick_and_light():
+    script = """
+import resource, sys
+import ssl_kit.lab.cli
+from ssl_kit.lab.cli import main
+main(["list"])
+heavy = {"torch", "matplotlib", "pandas", "pyroomacoustics", "librosa", "papermill", "nbclient", "nbdev", "fastcore"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+used = resource.getrusage(resource.RUSAGE_SELF)
+assert used.ru_utime + used.ru_stime < 1.0, used
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "example" in out and f"ssl-kit {command}" in out
+
+
+def test_version_and_help(capsys):
+    for option, expected in [("--version", "ssl-kit 0."), ("--help", "sweep")]:
+        with pytest.raises(SystemExit) as caught:
+            main([option])
+        assert caught.value.code == 0 and expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), [
+    (["stdy"], "did you mean 'study'"),
+    (["run", "toyy"], "did you mean 'toy'"),
+    (["run", "toy", "-p", "n_step=3"], "did you mean 'n_steps'"),
+    (["run", "toy", "-p", "seed=one"], "expects int"),
+    (["run", "above", "-p", "n_steps=3"], "-p toy.n_steps"),
+    (["study", "-p", "nothing=3"], "unknown parameter 'nothing'"),
+    (["show", "zzz"], "found none"),
+    (["sweep", "toy"], "--grid"),
+    (["sweep", "toy", "--grid", "n_steps"], "key=a,b"),
+    (["sweep", "toy", "--grid", "n_steps=1,two"], "expects int"),
+    (["sweep", "toy", "--seeds", "0"], "at least 1"),
+    (["sweep", "toy", "--seeds", "1", "--jobs", "0"], "--jobs"),
+])
+def test_a_wrong_command_is_one_paragraph_and_makes_nothing(lab, capsys, arguments, complaint):
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert complaint in err and "Traceback" not in err and err.startswith("ssl-kit: ")
+    assert not list((lab / "runs").glob("*/*"))
+
+
+def test_debug_shows_the_traceback(lab, capsys):
+    for arguments in (["--debug", "run", "toyy"], ["run", "toyy", "--debug"]):
+        assert main(arguments) == 2
+        assert "Traceback" in capsys.readouterr().err
+
+
+def test_run_and_reuse(lab, capsys):
+    planned = answer(capsys, "run", "above", "-pseed=2", "--dry-run", "--json")
+    assert [row["state"] for row in planned] == ["new", "new"] and planned[0]["parameters"]["seed"] == 2
+    first = answer(capsys, "run", "above", "-pseed=2", "--json")
+    assert [(row["stage"], row["reused"], row["state"]) for row in first] == \
+        [("toy", False, "finished"), ("above", False, "finished")]
+    assert [row["run_id"] for row in first] == [row["run_id"] for row in planned]
+    again = answer(capsys, "run", "above", "-pseed=2", "--json")
+    assert [row["reused"] for row in again] == [True, True]
+    forced = answer(capsys, "run", "above", "-pseed=2", "--json", "--force")
+    assert [row["reused"] for row in forced] == [True, False]
+    assert "2°  [1, 3]" in answer(capsys, "run", "above", "-pseed=2")
+
+
+def test_a_failing_stage_ends_with_1(lab, capsys):
+    assert main(["run", "above", "-p", "toy.fail=true"]) == 1
+    err = capsys.readouterr().err
+    assert "told to fail" in err and "notebook.ipynb" in err and "Traceback" not in err
+    assert not (lab / "runs" / "above").exists()
+
+
+def test_study_ends_with_table_and_report(lab, capsys):
+    out = answer(capsys, "study")
+    assert "MAE" in out and "2°  [1, 3]" in out and (lab / "runs" / "report.html").is_file()
+    again = answer(capsys, "study", "--json")
+    assert all(row["reused"] for row in again["runs"]) and again["report"].endswith("report.html")
+    assert "reuse" in answer(capsys, "study", "--dry-run")
+
+
+def test_list_show_compare(lab, capsys):
+    answer(capsys, "run", "toy")
+    answer(capsys, "run", "toy", "-pseed=4")
+    listed = answer(capsys, "list", "--json")
+    assert [stage["name"] for stage in listed["stages"]] == ["toy", "above"] and len(listed["runs"]) == 2
+    one, two = (row["run_id"] for row in listed["runs"])
+    assert "random seed" in answer(capsys, "list", "toy") and one in answer(capsys, "list", "--rebuild")
+    shown = answer(capsys, "show", one[:5], "--json")
+    assert shown["provenance"]["peak_memory_mb"] == 1.0 and shown["state"] == "finished"
+    assert "peak memory" in answer(capsys, "show", one)
+    compared = answer(capsys, "compare", one, two, "--json")
+    assert compared["parameters"] == {"seed": [0, 4]} and compared["metrics"] == {"MAE": [2.0, 6.0]}
+    assert compared["code"] == {} and "no difference" in answer(capsys, "compare", one, one)
+    assert "4" in answer(capsys, "compare", one, two)
+
+
+def test_sweep(lab, capsys):
+    table = lab / "sweep.csv"
+    swept = answer(capsys, "sweep", "toy", "--grid", "n_steps=1,2", "--seeds", "3", "--json", "--output", str(table))
+    assert [(row["parameters"], row["headline"]["MAE"]) for row in swept["points"]][:2] == \
+        [({"n_steps": "1", "seed": "0"}, 1.0), ({"n_steps": "1", "seed": "1"}, 2.0)]
+    assert [row["headline"]["MAE"] for row in swept["over_seeds"]] == [[2.0, 1.0], [3.0, 1.0]]
+    assert table.read_text().splitlines()[0] == "n_steps,seed,run_id,state,MAE" and len(table.read_text().split()) == 7
+    # in processes of their own: the runs are there, so nothing is executed
+    assert "2 ± 1" in answer(capsys, "sweep", "toy", "--grid", "n_steps=1,2", "--seeds", "3", "--jobs", "2")
+
+
+def test_a_failing_point_is_a_row(lab, capsys):
+    swept = answer(capsys, "sweep", "toy", "--grid", "fail=false,true", "--json", code=1)
+    assert [row["state"] for row in swept["points"]] == ["finished", "failed"]
+    assert "told to fail" in swept["points"][1]["error"]
+
+
+def test_sweep_on_a_scheduler_that_is_not_there(lab, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert main(["sweep", "toy", "--seeds", "1", "--scheduler", "tcp://127.0.0.1:1"]) == 2
+    assert "pip install distributed" in capsys.readouterr().err
+
+
+def test_doctor(lab, capsys, monkeypatch):
+    found = {row["name"]: row for row in answer(capsys, "doctor", "--json")}
+    assert found["python"]["state"] == "ok" and found["stages"]["found"].startswith("2 in") and "torch" in found
+    (lab / "file").write_text("")
+    monkeypatch.setenv("SSL_KIT_RUNS", str(lab / "file" / "runs"))
+    monkeypatch.setattr(doctor, "check_gpu", lambda: doctor.Finding("gpu", "ok", "none"))
+    assert "FAIL  runs" in answer(capsys, "doctor", code=1)

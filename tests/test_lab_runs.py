@@ -1,0 +1,266 @@
+"""Runs: identity, reuse, kill -9 and resumption, two writers, failures, full disks, the index."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from stage_notebooks import toy_total, write_stage, write_toy
+
+from ssl_kit.lab import runs as runs_module
+from ssl_kit.lab.errors import MissingDataError, ParameterError, StorageError
+from ssl_kit.lab.execute import StageFailure, StagePaused
+from ssl_kit.lab.files import read_json, write_json
+from ssl_kit.lab.index import indexed_runs
+from ssl_kit.lab.runs import Run, all_runs, carry_out, find_run, plan
+from ssl_kit.lab.stages import list_stages
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """A folder of stages with the toy in it, and an empty folder of runs."""
+    write_toy(tmp_path / "stages")
+    monkeypatch.setenv("SSL_KIT_STAGES", str(tmp_path / "stages"))
+    monkeypatch.setenv("SSL_KIT_RUNS", str(tmp_path / "runs"))
+    monkeypatch.delenv("SSL_KIT_RUN_DIR", raising=False)
+    monkeypatch.delenv("SSL_KIT_DATA", raising=False)
+    return tmp_path
+
+
+def planned_toy(*pairs, profile="quick"):
+    return plan(list_stages(), profile, pairs, "toy")["toy"]
+
+
+def start_command(*arguments):
+    """`ssl-kit` in a process of its own."""
+    code = "import sys; from ssl_kit.lab.cli import main; sys.exit(main())"
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
+
+
+def wait_for(condition, timeout_s=60.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def no_execution(monkeypatch):
+    """From here on, executing a notebook is an error."""
+    def refuse(*args, **kwargs):
+        raise AssertionError("a notebook was executed")
+
+    return lambda: monkeypatch.setattr(runs_module, "execute_notebook", refuse)
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """Executions without a kernel: what a stage would leave, and a list of the parameters it got."""
+    calls = []
+
+    def execute(notebook, run_dir, values, environment, on_cell):
+        calls.append(dict(values))
+        write_json(run_dir / "metrics.json", {"headline": [{"label": "n", "value": len(calls)}]})
+        on_cell(1.0)
+        return 2**20
+
+    monkeypatch.setattr(runs_module, "execute_notebook", execute)
+    return calls
+
+
+def test_a_run_leaves_everything_and_is_reused(lab, no_execution):
+    planned = planned_toy("seed=3")
+    fractions = []
+    run, reused = carry_out(planned, on_cell=fractions.append)
+    assert not reused and run.state == "finished" and fractions[-1] == 1.0
+    assert run.metrics["total"] == pytest.approx(toy_total(2, 3), abs=1e-12)
+    assert run.parameters == {"seed": 3, "n_steps": 2, "step_s": 0.0, "fail": False}
+    made = run.provenance
+    assert made["seed"] == 3 and made["peak_memory_mb"] > 10 and made["wall_s"] > 0 and made["profile"] == "quick"
+    assert made["environment"]["packages"]["numpy"] and made["code"]["version"] and "stage" in made["code"]["digests"]
+    cells = read_json(run.folder / "notebook.ipynb")["cells"]
+    assert any("injected-parameters" in cell["metadata"].get("tags", []) for cell in cells)
+    no_execution()
+    assert carry_out(planned_toy("seed=3"))[1]
+    with pytest.raises(AssertionError, match="executed"):
+        carry_out(planned_toy("seed=4"))
+
+
+def test_kill_minus_9_and_run_again_gives_the_same_numbers(lab):
+    pairs = ["n_steps=12", "step_s=0.15", "seed=5"]
+    planned = planned_toy(*pairs)
+    state = planned.folder / "artifacts" / "state.json"
+    process = start_command("run", "toy", *(f"-p{pair}" for pair in pairs))
+    wait_for(lambda: state.exists() and read_json(state)["step"] >= 3)
+    process.kill()
+    process.communicate()
+    assert planned.run.state == "interrupted"
+    run, reused = carry_out(planned)
+    assert not reused and run.state == "finished"
+    assert run.metrics["total"] == toy_total(12, 5)
+    first, second = run.metrics["starts"]
+    assert first == 0 and 3 <= second <= 12  # it went on where it was killed
+
+
+def test_two_writers_of_one_run(lab):
+    """One makes the run, the other waits for it and finds it made."""
+    pairs = ["-pn_steps=4", "-pstep_s=0.2"]
+    processes = [start_command("run", "toy", *pairs, "--json") for _ in range(2)]
+    answers = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], answers
+    outcomes = [json.loads(out)[0] for out, _ in answers]
+    assert sorted(outcome["reused"] for outcome in outcomes) == [False, True]
+    assert outcomes[0]["metrics"] == outcomes[1]["metrics"] and outcomes[0]["metrics"]["starts"] == [0]
+    assert len(all_runs()) == 1
+
+
+def test_a_failing_cell_and_a_pause_for_time(lab):
+    planned = planned_toy("fail=true", "seed=9")
+    with pytest.raises(StageFailure, match="ValueError: told to fail at seed 9"):
+        carry_out(planned)
+    run = planned.run
+    assert run.state == "failed" and "told to fail" in run.status["error"] and run.metrics == {}
+    assert "told to fail" in (run.folder / "notebook.ipynb").read_text()
+    paused = planned_toy("seed=8")
+    with pytest.raises(StagePaused, match="time limit at step 0"):
+        carry_out(paused, deadline=time.time() + 10)
+    assert paused.run.state == "paused" and paused.run.metrics == {}
+
+
+def test_interrupted_attempts_keep_artifacts_alone(lab, executed):
+    planned = planned_toy()
+    write_json(planned.folder / "artifacts" / "state.json", {"step": 1})
+    write_json(planned.folder / "tables" / "half.csv", [])
+    write_json(planned.folder / "status.json", {"state": "running", "pid": 1})
+    assert planned.run.state == "interrupted"
+    carry_out(planned)
+    assert (planned.folder / "artifacts" / "state.json").exists()
+    assert not (planned.folder / "tables" / "half.csv").exists()
+    carry_out(planned, force=True)
+    assert len(executed) == 2 and not (planned.folder / "artifacts" / "state.json").exists()
+
+
+def test_identity(lab, executed, monkeypatch):
+    write_stage(lab / "stages", "above", "dict(title='Above', needs=['toy'])", "seed: int = 0\nrate: float = 0.5")
+
+    def ids(profile="quick", pairs=()):
+        return {name: p.run_id for name, p in plan(list_stages(), profile, pairs, "above").items()}
+
+    plain = ids()
+    assert ids(pairs=["rate=0.5"]) == plain  # a default that is given is the default
+    assert ids(pairs=["rate=1"])["toy"] == plain["toy"] and ids(pairs=["rate=1"])["above"] != plain["above"]
+    assert all(ids(pairs=["toy.n_steps=9"])[name] != plain[name] for name in plain)
+    assert all(ids(pairs=["seed=1"])[name] != plain[name] for name in plain)  # shared by name
+    assert ids("ci")["toy"] != plain["toy"]
+    monkeypatch.setenv("SSL_KIT_DATA", str(lab))
+    assert ids() == plain  # data that the stages don't use don't count
+    write_toy(lab / "stages")
+    assert ids() == plain
+    path = lab / "stages" / "toy.ipynb"
+    path.write_text(path.read_text().replace("told to fail", "was told to fail"))
+    assert all(ids()[name] != plain[name] for name in plain)
+
+
+def test_data_count_where_declared(lab, monkeypatch):
+    write_stage(lab / "stages", "toy", "dict(title='T', data={'corpus=real': ['speech']})", "corpus: str = 'embedded'")
+    embedded = planned_toy().run_id
+    with pytest.raises(MissingDataError):
+        planned_toy("corpus=real")
+    (lab / "data" / "speech").mkdir(parents=True)
+    monkeypatch.setenv("SSL_KIT_DATA", str(lab / "data"))
+    real = planned_toy("corpus=real")
+    assert real.data["speech"]["files"] == 0 and planned_toy().run_id == embedded
+    (lab / "data" / "speech" / "a.flac").write_bytes(b"1")
+    assert planned_toy("corpus=real").run_id != real.run_id
+
+
+@pytest.mark.parametrize(("pairs", "complaint"), [
+    (["n_step=3"], "did you mean 'n_steps'"), (["n_steps=three"], "expects int"),
+    (["other.seed=1"], "no stage 'other'"), (["toy.sed=1"], "did you mean 'seed'"), (["n_steps"], "key=value"),
+])
+def test_wrong_parameters_are_refused_before_anything_is_made(lab, pairs, complaint):
+    with pytest.raises(ParameterError, match=complaint):
+        planned_toy(*pairs)
+    assert not (lab / "runs").exists()
+
+
+def test_a_stage_waits_for_what_it_needs(lab, executed):
+    write_stage(lab / "stages", "above", "dict(title='Above', needs=['toy'])")
+    planned = plan(list_stages(), "quick", (), "above")
+    with pytest.raises(ValueError, match="needs this run of toy finished"):
+        carry_out(planned["above"])
+    carry_out(planned["toy"])
+    assert carry_out(planned["above"])[0].provenance["upstream"] == {"toy": planned["toy"].run_id}
+
+
+def test_full_disk(lab, executed, monkeypatch):
+    """Nothing half-written, a clear error, and the same command works once there is room."""
+    folder = lab / "runs"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        filler = folder / "filler"
+        with pytest.raises(OSError), open(filler, "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        with pytest.raises(StorageError, match="free some space"):
+            carry_out(planned_toy())
+        assert not list(folder.rglob("*.tmp")) and not executed
+        filler.unlink()
+        assert carry_out(planned_toy())[0].state == "finished"
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_finding_runs(lab, executed):
+    one, two = (carry_out(planned_toy(f"seed={seed}"))[0] for seed in (1, 2))
+    assert find_run(one.run_id[:6]) == one and find_run(f"toy/{two.run_id}") == two and find_run("toy").stage == "toy"
+    with pytest.raises(MissingDataError, match="zzz"):
+        find_run("zzz")
+    os.rename(two.folder, two.folder.with_name(one.run_id[:6] + "zz"))
+    with pytest.raises(ParameterError, match="more of the id"):
+        find_run(one.run_id[:6])
+
+
+def test_the_index_is_made_from_the_folders(lab, executed):
+    assert indexed_runs() == []
+    runs = [carry_out(planned_toy(f"seed={seed}"))[0] for seed in (1, 2, 3)]
+    rows = indexed_runs()
+    assert [row["parameters"]["seed"] for row in rows] == [1, 2, 3] and rows[0]["headline"][0]["value"] == 1
+    (lab / "runs" / "index.sqlite").write_bytes(b"not a database, whatever it is")
+    assert indexed_runs() == rows
+    (lab / "runs" / "index.sqlite").unlink()
+    assert indexed_runs(rebuild=True) == rows
+    write_json(runs[0].folder / "status.json", {"state": "running", "started": "2000-01-01"})
+    (runs[1].folder / "status.json").write_text("{half")
+    states = {row["run_id"]: row["state"] for row in indexed_runs()}
+    assert [states[run.run_id] for run in runs] == ["interrupted", "unreadable", "finished"]
+    for path in sorted(runs[2].folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert len(indexed_runs()) == 2
+
+
+def test_a_running_run_is_seen_as_running(lab):
+    from ssl_kit.lab.files import file_lock
+
+    folder = lab / "runs" / "toy" / "abc"
+    write_json(folder / "status.json", {"state": "running"})
+    with file_lock(folder / ".lock"):
+        assert Run(folder).state == "running"
+    assert Run(folder).state == "interrupted"
+
+
+def test_ctrl_c_marks_the_run_and_passes_on(lab, monkeypatch):
+    def interrupt(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+    monkeypatch.setattr(runs_module, "execute_notebook", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(planned_toy())
+    assert planned_toy().run.state == "interrupted"

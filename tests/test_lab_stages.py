@@ -1,0 +1,121 @@
+"""What stage notebooks may declare, how they are found and ordered, and the context by hand."""
+
+import pytest
+from stage_notebooks import write_stage, write_toy
+
+from ssl_kit.lab.context import StageContext, stage_context
+from ssl_kit.lab.errors import MissingDataError, ParameterError
+from ssl_kit.lab.files import read_json, write_json
+from ssl_kit.lab.stages import find_stage, list_stages, read_stage, stages_folder, with_needs
+
+
+def test_a_stage_is_read_without_being_run(tmp_path):
+    path = write_stage(
+        tmp_path, "study", "dict(title='Study', track='routing', needs=['rooms'], seconds={'ci': 3.0}, "
+        "data={'corpus=librispeech': ['speech'], '': ['noise']})",
+        "seed: int = 0  # random seed\ncorpus: str = 'embedded'\nn: int = 5", "{'ci': {'n': 1}, 'full': {'n': 100}}",
+        cells=["raise SystemError('a stage was executed')", "%matplotlib inline\nx = n"])
+    stage = read_stage(path)
+    assert (stage.name, stage.title, stage.track, stage.needs) == ("study", "Study", "routing", ("rooms",))
+    assert [stage.resolve(profile)["n"] for profile in ("ci", "quick", "full")] == [1, 5, 100]
+    assert stage.resolve("ci", {"n": 7})["n"] == 7
+    assert stage.data_folders(stage.resolve()) == ["noise"]
+    assert stage.data_folders(stage.resolve("quick", {"corpus": "librispeech"})) == ["noise", "speech"]
+    assert "matplotlib" in stage.source and "STAGE" not in stage.source and "PROFILES" not in stage.source
+
+
+@pytest.mark.parametrize(("kwargs", "complaint"), [
+    ({"stage": "dict(needs=[])"}, "no title"),
+    ({"stage": "dict(title='x', need=['a'])"}, "did you mean 'needs'"),
+    ({"stage": "dict(title='x', needs='rooms')"}, "'needs'"),
+    ({"stage": "dict(title=str(1))"}, "literals alone"),
+    ({"stage": "dict(title='x', data={'corpus=a': ['speech']})"}, "names no parameter"),
+    ({"parameters": "seed = 0"}, "name: type = value"),
+    ({"profiles": "{'ci': {'sed': 1}}"}, "profile ci: unknown parameter 'sed'; did you mean 'seed'"),
+    ({"profiles": "{'ci': {'seed': 'one'}}"}, "expects int"),
+    ({"profiles": "{'tiny': {'seed': 1}}"}, "profile 'tiny' is unknown"),
+])
+def test_a_wrong_declaration_names_notebook_and_fault(tmp_path, kwargs, complaint):
+    with pytest.raises(ParameterError, match=complaint):
+        read_stage(write_stage(tmp_path, "wrong", **kwargs))
+
+
+def test_the_folder_of_stages(tmp_path, monkeypatch):
+    folder = tmp_path / "clone" / "nbs" / "stages"
+    write_toy(folder)
+    monkeypatch.delenv("SSL_KIT_STAGES", raising=False)
+    (tmp_path / "clone" / "deep" / "er").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "clone" / "deep" / "er")
+    assert stages_folder() == folder.resolve()
+    monkeypatch.setenv("SSL_KIT_STAGES", str(tmp_path / "nowhere"))
+    with pytest.raises(MissingDataError, match="nowhere"):
+        stages_folder()
+    with pytest.raises(ParameterError, match="did you mean 'toy'"):
+        find_stage("tou", folder)
+
+
+def test_order_does_not_depend_on_names(tmp_path):
+    for name, needs in [("a_study", "['m_banks', 'z_rooms']"), ("m_banks", "['z_rooms']"), ("z_rooms", "[]")]:
+        write_stage(tmp_path, name, f"dict(title='{name}', needs={needs})")
+    write_stage(tmp_path, "_draft", "not even a stage")
+    stages = list_stages(tmp_path)
+    assert list(stages) == ["z_rooms", "m_banks", "a_study"]
+    assert list(with_needs("m_banks", stages)) == ["z_rooms", "m_banks"]
+    write_stage(tmp_path, "b_lost", "dict(title='b', needs=['z_room'])")
+    with pytest.raises(ParameterError, match="did you mean 'z_rooms'"):
+        list_stages(tmp_path)
+
+
+def finished(runs, stage, run_id, **parameters):
+    write_json(runs / stage / run_id / "params.json", parameters)
+    write_json(runs / stage / run_id / "status.json", {"state": "finished"})
+
+
+def test_context_by_hand(tmp_path, monkeypatch):
+    """In JupyterLab the newest run that agrees on shared parameters stands in for what a stage needs."""
+    write_stage(tmp_path / "stages", "rooms")
+    write_stage(tmp_path / "stages", "study", "dict(title='Study', needs=['rooms'])", "seed: int = 3\nn: int = 1")
+    runs = tmp_path / "runs"
+    monkeypatch.setenv("SSL_KIT_STAGES", str(tmp_path / "stages"))
+    monkeypatch.setenv("SSL_KIT_RUNS", str(runs))
+    monkeypatch.delenv("SSL_KIT_RUN_DIR", raising=False)
+    with pytest.raises(MissingDataError, match="ssl-kit run rooms"):
+        stage_context("study")
+    finished(runs, "rooms", "other", seed=4)
+    finished(runs, "rooms", "mine", seed=3)
+    ctx = stage_context("study")
+    assert ctx.interactive and ctx.run_dir == runs / "study" / "interactive" and ctx.upstream("rooms").name == "mine"
+    assert ctx.seed == 3 and ctx.artifacts.is_dir()
+    with pytest.raises(ParameterError, match="not declared"):
+        ctx.upstream("banks")
+    with pytest.raises(ParameterError, match="give its name"):
+        stage_context()
+    monkeypatch.setenv("JPY_SESSION_NAME", "/home/me/nbs/stages/study.ipynb")
+    assert stage_context().stage == "study"
+
+
+@pytest.mark.parametrize("headline", [{"MAE": 3}, [{"label": "MAE"}], [{"label": "a", "value": 1, "units": "°"}], [3]])
+def test_a_headline_that_no_table_could_read_is_refused(tmp_path, headline):
+    ctx = StageContext("demo", "id", tmp_path, "ci", {}, {})
+    with pytest.raises(ParameterError, match="headline"):
+        ctx.save_metrics({"headline": headline})
+
+
+def test_what_a_context_saves(tmp_path):
+    import matplotlib.figure
+    import pandas as pd
+
+    ctx = StageContext("demo", "id", tmp_path, "ci", {"seed": 1}, {}, device_asked="cpu", code_version="0.1.0+abc")
+    frame = pd.DataFrame({"rate": [0.1, 0.2], "mae": [3.0, 2.5]})
+    assert pd.read_csv(ctx.save_table(frame, "mae")).equals(frame)
+    figure = matplotlib.figure.Figure()
+    figure.subplots().plot(frame.rate, frame.mae)
+    paths = ctx.save_figure(figure, "mae", frame, thesis=True, caption="Error")
+    origin = read_json(tmp_path / "figures" / "mae.origin.json")
+    assert all(path.exists() for path in paths.values())
+    assert {"stage": "demo", "run_id": "id", "thesis": True, "caption": "Error",
+            "code_version": "0.1.0+abc"}.items() <= origin.items()
+    (tmp_path / "net.bin").write_bytes(b"abc")
+    assert ctx.note_checkpoint(tmp_path / "net.bin").startswith("ba7816bf") and ctx.device == "cpu"
+    notes = read_json(tmp_path / "notes.json")
+    assert notes["checkpoints"]["net.bin"].startswith("ba7816bf") and notes["device"] == "cpu"
