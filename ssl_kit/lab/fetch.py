@@ -18,8 +18,8 @@ from .extract import UnpackedFile, extract_archive
 from .files import file_lock, read_json, sha256_file, write_json
 from .manifests import DOWNLOADS_DIR, RECEIPTS_DIR, Archive, Manifest
 
-# %% ../../nbs/lab/fetch.ipynb #dd4b154a
-_BLOCK = 1 << 18
+# %% ../../nbs/lab/fetch.ipynb #a613ee48
+_BLOCK = 1 << 14  # what a break may lose: requests hands out whole blocks only
 
 
 class _Refused(Exception):
@@ -91,7 +91,6 @@ class ResumingDownloader:
                 response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
             if not resumed:
                 have = 0
-            self._remember(response.headers)
             self._receive(url, response, have)
 
     def _remember(self, headers):
@@ -116,6 +115,7 @@ class ResumingDownloader:
         if total is not None and total - have > free:
             raise StorageError(f"cannot fetch {url}: {total - have} bytes are to come, {free} are free on the disk of "
                                f"{self.part.parent}; free some space, or set SSL_KIT_CACHE to a folder on another disk")
+        self._remember(response.headers)
         with open(self.part, "ab" if have else "wb") as file, \
                 progress(total=total, label=Path(self.part).stem, unit="B") as bar:
             bar.update(have)

@@ -73,7 +73,7 @@ class Manifest:
     files_table: str | None = None
     unlisted: tuple[str, ...] = field(default=())
 
-# %% ../../nbs/lab/manifests.ipynb #9c288550
+# %% ../../nbs/lab/manifests.ipynb #b9fab552
 def manifests_folder() -> Path:
     "Folder data_manifests; MissingDataError when there is none."
     named = os.environ.get("SSL_KIT_MANIFESTS")
@@ -88,11 +88,12 @@ def manifests_folder() -> Path:
 
 
 @lru_cache(maxsize=1)
-def _validator():
-    import jsonschema
+def _check_schema():
+    "Compiled check of a manifest. (jsonschema would do the same, but its import can take seconds.)"
+    import fastjsonschema
 
     schema = json.loads((resources.files("ssl_kit") / "assets" / "manifest.schema.json").read_text(encoding="utf-8"))
-    return jsonschema.Draft202012Validator(schema)
+    return fastjsonschema.compile(schema, use_default=False)
 
 
 def read_manifest(path) -> Manifest:
@@ -100,6 +101,7 @@ def read_manifest(path) -> Manifest:
 
     Raises MissingDataError without the file, DataError that names the key and what was expected otherwise.
     """
+    import fastjsonschema
     import yaml
 
     path = Path(path)
@@ -109,10 +111,10 @@ def read_manifest(path) -> Manifest:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"manifest {path} is not valid YAML: {error}") from error
-    faults = sorted(_validator().iter_errors(raw), key=lambda fault: list(map(str, fault.absolute_path)))
-    if faults:
-        lines = [f"{'.'.join(map(str, fault.absolute_path)) or 'the top level'}: {fault.message}" for fault in faults]
-        raise DataError(f"manifest {path} does not fit the schema: " + "; ".join(lines))
+    try:
+        _check_schema()(raw)
+    except fastjsonschema.JsonSchemaValueException as error:
+        raise DataError(f"manifest {path} does not fit the schema: {error.message}; found {error.value!r}") from error
     if raw["name"] != path.stem:
         raise DataError(f"manifest {path}: its name is {raw['name']!r}, expected {path.stem!r} as the file's")
     archives = [Archive(**{**item, "urls": tuple(item.get("urls", ()))}) for item in raw.pop("archives", ())]
