@@ -102,6 +102,17 @@ def test_original_openslr_folders_are_found_by_content(no_data, monkeypatch):
     assert len(speech_corpus("librispeech", None, root=root)) == 27
 
 
+def test_a_fetched_esc50_serves_as_esc10(no_data):
+    top = no_data / "cache" / "ssl_kit" / "esc50" / "ESC-50-master" / "ESC-50-master"
+    for name in ("1-11-A-0.wav", "4-12-A-10.wav", "5-13-A-3.wav"):
+        flac(top / "audio" / name)
+    (top / "meta").mkdir()
+    (top / "meta" / "esc50.csv").write_text("filename,fold,category,esc10\n1-11-A-0.wav,1,dog,True\n"
+                                            "4-12-A-10.wav,4,rain,True\n5-13-A-3.wav,5,cow,False\n")
+    assert [clip.category for clip in noise_corpus("esc10", None)] == ["dog", "rain"]
+    assert noise_corpus("esc10", "test")[0].path.is_file()
+
+
 def test_without_data_the_error_says_what_to_do(no_data):
     with pytest.raises(MissingDataError, match="SSL_KIT_DATA.*embedded"):
         speech_corpus("librispeech")

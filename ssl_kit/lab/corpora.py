@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'SPEECH_CORPORA', 'NOISE_CORPORA', 'Utterance', 'assert_disjoint', 'cut_speakers', 'speech_corpus',
            'noise_corpus']
 
-# %% ../../nbs/lab/corpora.ipynb #d9fcef35
+# %% ../../nbs/lab/corpora.ipynb #90af18be
 import csv
 import hashlib
 import re
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .audio import audio_info
-from .dataroot import cache_root, data_folder, data_root, folders_below
+from .dataroot import cache_root, data_folder, data_root, find_by_content, folders_below
 from .embedded import embedded_folder, embedded_index
 from .errors import DataError, MissingDataError, ParameterError
 from .noises import SYNTHETIC_KINDS, NoiseClip, stable_seed
@@ -117,7 +117,7 @@ def speech_corpus(name: str = "embedded", split: str | None = "train", root=None
                         f"all: the corpus is incomplete")
     return chosen
 
-# %% ../../nbs/lab/corpora.ipynb #90e01f53
+# %% ../../nbs/lab/corpora.ipynb #df438182
 _VARIANTS = 3
 _AMBIENCE_SPLIT = {"city": "train", "train": "train", "wind": "train", "fireplace": "train", "boat": "valid",
                    "summer-night": "calibration", "coffee-shop": "test", "storm": "test"}
@@ -134,22 +134,29 @@ def _esc10_split(fold: int, source: str) -> str:
     return "valid" if stable_seed("esc10", source) % 6 == 0 else "train"
 
 
-def _esc10(root) -> list[NoiseClip]:
-    folder = data_folder("noise/esc10", root)
-    table = folder / "clips.csv"
+def _esc10_rows(root) -> list[tuple[Path, str, int]]:
+    "(path, category, fold): the data root's folder with clips.csv, or a fetched ESC-50 whose table marks ESC-10."
+    top = Path(root) if root is not None else data_root(required=False)
+    fetched = next((found for name in ("esc10", "esc50") if root is None and (found := find_by_content(
+        cache_root() / name, lambda folder: (folder / "meta" / "esc50.csv").is_file()))), None)
+    if fetched is not None and not (top and (top / "noise" / "esc10").is_dir()):
+        table, audio, column = fetched / "meta" / "esc50.csv", fetched / "audio", "filename"
+    else:
+        audio = data_folder("noise/esc10", root)
+        table, column = audio / "clips.csv", "file"
     if not table.is_file():
         raise MissingDataError(f"{table} is missing; expected the table of ESC-10 clips with file, category, fold")
     with open(table, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    if not rows or not {"file", "category", "fold"} <= set(rows[0]):
-        raise DataError(f"{table}: expected rows with the columns file, category, fold")
-    clips = []
-    for row in rows:
-        path, fold = folder / row["file"], int(row["fold"])
-        source = row["file"].split("-")[1]  # fold-source-take_category.ogg
-        clips.append(NoiseClip(path.stem, row["category"], _esc10_split(fold, source), path,
-                               audio_info(path).duration_s, fold=fold))
-    return clips
+    if not rows or not {column, "category", "fold"} <= set(rows[0]):
+        raise DataError(f"{table}: expected rows with the columns {column}, category, fold")
+    return [(audio / row[column], row["category"], int(row["fold"])) for row in rows if row.get("esc10") != "False"]
+
+
+def _esc10(root) -> list[NoiseClip]:
+    # names are fold-source-take…, so that the second part tells the source
+    return [NoiseClip(path.stem, category, _esc10_split(fold, path.name.split("-")[1]), path,
+                      audio_info(path).duration_s, fold=fold) for path, category, fold in _esc10_rows(root)]
 
 
 def _ambience(root) -> list[NoiseClip]:
