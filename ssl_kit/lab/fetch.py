@@ -177,7 +177,7 @@ def fetch_file(archive: Archive, folder, retries: int = 5, pause_s: float = 0.5)
                                f"altered, or newer than the manifest")
     raise DataError(f"could not fetch {archive.file}: " + "; ".join(reasons))
 
-# %% ../../nbs/lab/fetch.ipynb #98a5aa88
+# %% ../../nbs/lab/fetch.ipynb #53f414c3
 @dataclass(frozen=True)
 class FetchedArchive:
     "What `fetch_dataset` did for one archive."
@@ -244,6 +244,7 @@ def fetch_dataset(manifest: Manifest, folder=None, archives=None, everything: bo
 def _fetch_one(archive: Archive, folder: Path, source, keep_archives: bool, retries: int,
                pause_s: float) -> FetchedArchive:
     target, receipt = folder / archive.folder, folder / RECEIPTS_DIR / f"{archive.file}.json"
+    downloads = folder / DOWNLOADS_DIR / archive.folder
     if receipt.is_file() and target.exists():
         written = read_json(receipt)
         return FetchedArchive(archive.file, target, len(written["files"]), written["verified"], written["sha256"], True)
@@ -252,7 +253,7 @@ def _fetch_one(archive: Archive, folder: Path, source, keep_archives: bool, retr
     if target.exists():
         raise ParameterError(f"{target} exists without a receipt of {archive.file}; remove it or choose another folder")
     fetched = _from_folder(archive, source) if source is not None else \
-        fetch_file(archive, folder / DOWNLOADS_DIR, retries, pause_s)
+        fetch_file(archive, downloads, retries, pause_s)
     unpacked = folder / f".{archive.folder}.unpacked"  # ours alone; the name appears once the receipt is written
     for leftover in (unpacked, *folder.glob(f".{unpacked.name}.*.unpacking")):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -267,5 +268,5 @@ def _fetch_one(archive: Archive, folder: Path, source, keep_archives: bool, retr
                          "verified": fetched.verified, "files": listed})
     os.rename(unpacked, target)
     if source is None and not keep_archives:
-        fetched.path.unlink()
+        shutil.rmtree(downloads)  # with what a killed run may have left there
     return FetchedArchive(archive.file, target, len(files), fetched.verified, fetched.sha256, False)
