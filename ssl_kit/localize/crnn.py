@@ -6,8 +6,8 @@
 __all__ = ['INPUTS', 'LOSSES', 'CRNNConfig', 'crnn_input', 'CRNN', 'circular_gaussian', 'localization_loss', 'decode_azimuth',
            'relabel_ring']
 
-# %% ../../nbs/localize/crnn.ipynb #f034fd0c
-from dataclasses import asdict, dataclass
+# %% ../../nbs/localize/crnn.ipynb #e9be57f3
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..lab.errors import ParameterError
 from ..lab.stft import stft
 
-# %% ../../nbs/localize/crnn.ipynb #8891d2d4
+# %% ../../nbs/localize/crnn.ipynb #024bf1e2
 INPUTS = ("stft", "phase", "delay")
 
 
@@ -28,7 +28,7 @@ class CRNNConfig:
     input: str = "phase"            # what the network sees: see `crnn_input`
     radius_m: float = 0.03          # scale of the "delay" input: distance of the mics from the reference, metres
     channels: int = 64              # feature maps of each convolution
-    frequency_bias: bool = True     # a learned offset per frequency after the first convolution
+    frequency_bias: bool = True     # a learned offset per frequency band after the first block
     hidden: int = 256               # GRU features, both directions together
     bidirectional: bool = True      # False: causal in time
     dropout: float = 0.1            # on the GRU's input and on the penultimate layer, where it acts
@@ -75,7 +75,7 @@ def crnn_input(
         relative = torch.cat([unit.real, delay], dim=1)
     return torch.cat([relative, _level_channels(reference)], dim=1)
 
-# %% ../../nbs/localize/crnn.ipynb #27f7ecfc
+# %% ../../nbs/localize/crnn.ipynb #ccf4289e
 class _Block(nn.Module):
     "Two 3 x 3 convolutions with batch norm and ReLU, then max pooling (freq, frame)."
 
@@ -83,14 +83,14 @@ class _Block(nn.Module):
         super().__init__()
         self.conv1, self.norm1 = nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out)
         self.conv2, self.norm2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out)
-        # convolutions are blind to where in frequency they are, but phase differences grow with frequency
+        # convolutions are blind to where in frequency they are, but what a phase difference tells depends on it
         self.bias = nn.Parameter(torch.zeros(n_out, n_bias, 1)) if n_bias else None
         self.pool = nn.MaxPool2d(pool)
 
     def forward(self, x):
-        x = self.norm1(self.conv1(x))
-        x = F.relu(x if self.bias is None else x + self.bias)
-        return self.pool(F.relu(self.norm2(self.conv2(x))))
+        x = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        x = self.pool(F.relu(self.norm2(self.conv2(x)), inplace=True))
+        return x if self.bias is None else x + self.bias.to(x.dtype)
 
 
 class CRNN(nn.Module):
@@ -104,7 +104,7 @@ class CRNN(nn.Module):
         n_bins = config.n_fft // 2
         widths = [2 * config.n_mics] + [config.channels] * len(self.pools)
         self.blocks = nn.Sequential(*[
-            _Block(n_in, n_out, pool, n_bins if config.frequency_bias and k == 0 else 0)
+            _Block(n_in, n_out, pool, n_bins // pool[0] if config.frequency_bias and k == 0 else 0)
             for k, (n_in, n_out, pool) in enumerate(zip(widths[:-1], widths[1:], self.pools, strict=True))])
         n_flat = config.channels * n_bins // int(np.prod([p[0] for p in self.pools]))
         n_hidden = config.hidden // 2 if config.bidirectional else config.hidden

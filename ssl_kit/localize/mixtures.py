@@ -6,7 +6,7 @@
 __all__ = ['RoomRanges', 'draw_response', 'build_response_bank', 'load_speech', 'diffuse_bank', 'MixtureConfig', 'frame_activity',
            'MixtureStream']
 
-# %% ../../nbs/localize/mixtures.ipynb #867de6d7
+# %% ../../nbs/localize/mixtures.ipynb #d15eddc2
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..arrays.diffuse import diffuse_field
-from ..arrays.geometry import ArrayGeometry, named_array
+from ..arrays.geometry import ArrayGeometry
 from ..arrays.rirs import room_impulse_responses
 from ..lab.audio import read_audio
 from ..lab.errors import DataError, ParameterError
