@@ -178,7 +178,7 @@ class GradNorm(Detector):
             return -np.abs(features).sum(axis=-1) * np.abs(p, out=p).sum(axis=-1)
         return over_frames(table, frame_score, block=32)
 
-# %% ../../nbs/routing/detectors_features.ipynb #e2336c81
+# %% ../../nbs/routing/detectors_features.ipynb #e2febb7a
 STACK_BASES = ("max_prob", "entropy", "margin", "energy", "concentration", "pooled_entropy", "knn", "physics",
                "likelihood_ratio", "disagreement")
 
@@ -204,6 +204,7 @@ class LogisticStack(Detector):
                             f"{len(self.detectors)} usable scores and {int(failures.sum())} failures of {len(table)}")
         held_out = np.stack([held_out_scores(lambda d=d: d, table, self.n_folds) for d in self.detectors], axis=1)
         self.detectors = [detector.fit(table) for detector in self.detectors]
+        self.runs_fallback = any(detector.runs_fallback for detector in self.detectors)
         self.centre, self.scale = held_out.mean(axis=0), np.maximum(held_out.std(axis=0), 1e-12)
         self.regression = LogisticRegression(C=self.strength, max_iter=1000)
         self.regression.fit((held_out - self.centre) / self.scale, failures)
@@ -214,3 +215,7 @@ class LogisticStack(Detector):
             check_needs(detector, table)
         scores = np.stack([detector.score(table) for detector in self.detectors], axis=1)
         return self.regression.decision_function((scores - self.centre) / self.scale)
+
+    def cost_ms(self, table: ErrorTable) -> np.ndarray:
+        "The dearest of its parts: they share one run of the fallback."
+        return np.max([detector.cost_ms(table) for detector in self.detectors], axis=0)

@@ -13,7 +13,7 @@ from ..lab.errors import ParameterError
 from .bank import ErrorTable
 from .registry import Detector, register
 
-# %% ../../nbs/routing/detectors_physics.ipynb #5bf78b09
+# %% ../../nbs/routing/detectors_physics.ipynb #b68bc4a6
 @register("physics", "1 − P(θ_network) / max_θ P(θ)", "steered response power, DiBiase 2000, at the network's answer",
           ("column:srp_ratio",))
 class Physics(Detector):
@@ -22,11 +22,16 @@ class Physics(Detector):
     def score(self, table: ErrorTable) -> np.ndarray:
         return 1.0 - table.column("srp_ratio")
 
+    def cost_ms(self, table: ErrorTable) -> np.ndarray:
+        "The coarse grid's time, column srp_ratio_cost_ms, where it was measured."
+        return np.asarray(table.columns.get("srp_ratio_cost_ms", np.zeros(len(table))), float)
+
 
 @register("likelihood_ratio", "log L(θ_fallback) − log L(θ_network)", "Neyman & Pearson 1933, each answer a model",
           ("column:log_likelihood_network", "column:log_likelihood_fallback"))
 class LikelihoodRatio(Detector):
     "How much better the fallback's answer explains the recording than the network's."
+    runs_fallback = True
 
     def score(self, table: ErrorTable) -> np.ndarray:
         return table.column("log_likelihood_fallback") - table.column("log_likelihood_network")
@@ -36,6 +41,7 @@ class LikelihoodRatio(Detector):
           ("column:fallback_angle",))
 class Disagreement(Detector):
     "Degrees between the two answers; needs the fallback on every recording, so it saves none of its cost."
+    runs_fallback = True
 
     def score(self, table: ErrorTable) -> np.ndarray:
         return angular_error_deg(table.predicted_angles, table.column("fallback_angle"))

@@ -24,112 +24,134 @@ def validate_scores(scores: np.ndarray, outcome: np.ndarray, weights: np.ndarray
         if weights.ndim != 2 or weights.shape[1] != len(scores) or weights.dtype.kind not in "iub":
             raise DataError(f"weights: expected integers (draw, {len(scores)}), found {weights.dtype} {weights.shape}")
 
-# %% ../../nbs/routing/metrics.ipynb #3b6db292
+# %% ../../nbs/routing/metrics.ipynb #c43be649
 class Ranking:
-    """Rows in order of rising score, ties together; running sums of anything along it.
+    """Rows in order of rising score, ties together; sums of anything along it, one column per draw.
 
-    scores (row,); weights (draw, row) integers or None for the sample itself (one draw of ones).
+    scores (row,); weights (draw, row) integers or None for the sample itself (one draw of ones). Draws are the fast
+    axis of every sum: a running sum then adds whole rows of memory.
     """
 
     def __init__(self, scores: np.ndarray, weights: np.ndarray | None = None):
         scores = np.asarray(scores, np.float64)
         self.order = np.argsort(scores, kind="stable")
         self.starts = np.flatnonzero(np.r_[True, np.diff(scores[self.order]) > 0])
-        self.weights = np.ones((1, len(scores)), np.int64) if weights is None else weights
+        weights = np.ones((1, len(scores)), np.int64) if weights is None else weights
+        self.weights = weights.T[self.order].astype(np.float64)
 
     def steps(self, values: np.ndarray | None = None) -> np.ndarray:
-        "Weighted sums of values (row,), or counts, of each step of equal scores: (draw, step)."
-        columns = self.weights[:, self.order].astype(np.float64)
-        if values is not None:
-            columns *= np.asarray(values, np.float64)[self.order]
-        if len(self.starts) == columns.shape[1]:
-            return columns
-        return np.add.reduceat(columns, self.starts, axis=1)
-
-
-def _before(steps: np.ndarray) -> np.ndarray:
-    "Running sums up to, and without, each step."
-    return np.cumsum(steps, axis=1) - steps
+        "Weighted sums of values (row,), or counts, of each step of equal scores: (step, draw)."
+        rows = self.weights if values is None else self.weights * np.asarray(values, np.float64)[self.order, None]
+        return rows if len(self.starts) == len(rows) else np.add.reduceat(rows, self.starts, axis=0)
 
 
 def _one(values: np.ndarray, weights: np.ndarray | None):
     "A float for the sample itself, (draw,) for draws."
     return float(values[0]) if weights is None else values
 
-# %% ../../nbs/routing/metrics.ipynb #2311ddc2
+
+def _sums(scores, values, weights) -> tuple[np.ndarray, ...]:
+    "Counts, values, and running sums of both, along the ranking: four arrays (step, draw)."
+    validate_scores(scores, values, weights)
+    ranking = Ranking(scores, weights)
+    count, value = ranking.steps(), ranking.steps(values)
+    return count, value, np.cumsum(count, axis=0), np.cumsum(value, axis=0)
+
+# %% ../../nbs/routing/metrics.ipynb #7ea7dcf7
 def auroc(scores, failures, weights=None):
     "Area under the ROC curve, failures (row,) bool positive; NaN where a class is absent. Float, or (draw,)."
-    validate_scores(scores, failures, weights)
-    ranking, failures = Ranking(scores, weights), np.asarray(failures, bool)
-    bad, good = ranking.steps(failures), ranking.steps(~failures)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        area = (bad * (_before(good) + 0.5 * good)).sum(axis=1) / (bad.sum(axis=1) * good.sum(axis=1))
-    return _one(area, weights)
+    return _one(_auroc(*_sums(scores, np.asarray(failures, bool), weights)), weights)
 
-# %% ../../nbs/routing/metrics.ipynb #995b14cf
+
+def _auroc(count, bad, counted, failed):
+    good, passed = count - bad, counted - failed
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (bad * (passed - 0.5 * good)).sum(axis=0) / (failed[-1] * passed[-1])
+
+# %% ../../nbs/routing/metrics.ipynb #678a27ac
 def average_precision(scores, failures, weights=None):
     "Area under precision–recall as Σ (R_k − R_{k−1}) P_k, from the highest score down (AUPR); NaN without failures."
-    validate_scores(scores, failures, weights)
-    ranking, failures = Ranking(scores, weights), np.asarray(failures, bool)
-    bad, both = (ranking.steps(part)[:, ::-1] for part in (failures, None))
-    found, flagged = np.cumsum(bad, axis=1), np.cumsum(both, axis=1)
+    return _one(_average_precision(*_sums(scores, np.asarray(failures, bool), weights)), weights)
+
+
+def _average_precision(count, bad, counted, failed):
+    flagged, found = counted[-1] - counted + count, failed[-1] - failed + bad
     with np.errstate(invalid="ignore", divide="ignore"):
-        # steps that a draw left empty before its first row have no precision and add nothing
-        precision = np.where(flagged > 0, found / flagged, 0.0)
-        area = (bad * precision).sum(axis=1) / found[:, -1]
-    return _one(area, weights)
+        # steps that a draw left empty above its highest row have no precision and add nothing
+        precision = np.divide(found, flagged, out=np.zeros_like(found), where=flagged > 0)
+        return (bad * precision).sum(axis=0) / failed[-1]
 
 
 def fpr_at_tpr(scores, failures, weights=None, tpr: float = 0.95):
     "Share of good answers flagged when the threshold is the highest that finds `tpr` of the failures (FPR@95)."
-    validate_scores(scores, failures, weights)
-    ranking, failures = Ranking(scores, weights), np.asarray(failures, bool)
-    bad, good = (np.cumsum(ranking.steps(part)[:, ::-1], axis=1) for part in (failures, ~failures))
-    # integers compared with a hair of slack: 0.95 * 20 is not exactly 19 in floating point
-    step = (bad < tpr * bad[:, -1:] - 1e-9).sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        rate = np.take_along_axis(good, step[:, None], axis=1)[:, 0] / good[:, -1]
-    return _one(np.where(bad[:, -1] > 0, rate, np.nan), weights)
+    return _one(_fpr_at_tpr(*_sums(scores, np.asarray(failures, bool), weights), tpr), weights)
 
-# %% ../../nbs/routing/metrics.ipynb #da9818e1
+
+def _fpr_at_tpr(count, bad, counted, failed, tpr=0.95):
+    # a threshold below step k flags k and all above; a hair of slack: 0.95 * 20 is not exactly 19 in floating point
+    missed = failed - bad
+    step = np.maximum((missed <= (1 - tpr) * failed[-1] + 1e-9).sum(axis=0) - 1, 0)
+    good_below = np.take_along_axis(counted - failed - count + bad, step[None], axis=0)[0]
+    good = counted[-1] - failed[-1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(failed[-1] > 0, (good - good_below) / good, np.nan)
+
+# %% ../../nbs/routing/metrics.ipynb #5b60fb0d
 def aurc(scores, losses, weights=None):
     "Area under the risk–coverage curve: mean over k = 1…n of the mean loss of the k lowest scores."
-    validate_scores(scores, losses, weights)
-    ranking = Ranking(scores, weights)
-    count, loss = ranking.steps(), ranking.steps(losses)
-    start, loss_start = _before(count), _before(loss)
-    total = ranking.weights.sum(axis=1)
-    harmonic = np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, total.max() + 1))])
+    return _one(_aurc(*_sums(scores, losses, weights)), weights)
+
+
+def _aurc(count, loss, counted, lost):
+    harmonic = _harmonic(int(counted[-1].max()))
+    before = counted - count
     slope = np.divide(loss, count, out=np.zeros_like(loss), where=count > 0)
-    first, last = start.astype(np.int64), (start + count).astype(np.int64)
-    area = slope * count + (loss_start - slope * start) * (harmonic[last] - harmonic[first])
-    return _one(area.sum(axis=1) / total, weights)
+    ends = harmonic[counted.astype(np.intp)]
+    spread = np.diff(ends, axis=0, prepend=harmonic[before[:1].astype(np.intp)])
+    return (loss + (lost - loss - slope * before) * spread).sum(axis=0) / counted[-1]
+
+
+def _harmonic(n: int) -> np.ndarray:
+    "H(0) … H(n)."
+    return np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, n + 1))])
 
 
 def e_aurc(scores, losses, weights=None):
     "Excess AURC: what the score costs over the best ranking, by the loss itself."
     return aurc(scores, losses, weights) - aurc(losses, losses, weights)
 
-# %% ../../nbs/routing/metrics.ipynb #a3b2c3fe
+
+def _best_aurc(n, n_failures):
+    "AURC of a perfect ranking of n recordings with n_failures of 0/1 loss: (m − (n − m)(H(n) − H(n − m))) / n."
+    n, m = np.asarray(n), np.asarray(n_failures)
+    harmonic = _harmonic(int(n.max()))
+    return (m - (n - m) * (harmonic[n.astype(np.intp)] - harmonic[(n - m).astype(np.intp)])) / n
+
+# %% ../../nbs/routing/metrics.ipynb #883c0867
 def augrc(scores, losses, weights=None):
     "Area under the generalized-risk–coverage curve, trapezoids from (0, 0)."
-    validate_scores(scores, losses, weights)
-    ranking = Ranking(scores, weights)
-    count, loss = ranking.steps(), ranking.steps(losses)
-    total = ranking.weights.sum(axis=1).astype(np.float64)
-    return _one((count * (_before(loss) + 0.5 * loss)).sum(axis=1) / total**2, weights)
+    return _one(_augrc(*_sums(scores, losses, weights)), weights)
+
+
+def _augrc(count, loss, counted, lost):
+    return (count * (lost - 0.5 * loss)).sum(axis=0) / counted[-1] ** 2
 
 
 def risk_at_coverage(scores, losses, coverage: float, weights=None):
     "Mean loss of the `coverage` share of recordings with the lowest scores (a step of ties is cut proportionally)."
-    validate_scores(scores, losses, weights)
     if not 0 < coverage <= 1:
         raise ParameterError(f"coverage: expected a share above 0 and up to 1, found {coverage}")
-    ranking = Ranking(scores, weights)
-    count, loss = ranking.steps(), ranking.steps(losses)
-    accepted = np.clip(coverage * ranking.weights.sum(axis=1, keepdims=True) - _before(count), 0, count)
-    kept = np.divide(accepted, count, out=np.zeros_like(count), where=count > 0)
-    return _one((kept * loss).sum(axis=1) / accepted.sum(axis=1), weights)
+    return _one(_risk_at_coverage(*_sums(scores, losses, weights), coverage), weights)
+
+
+def _risk_at_coverage(count, loss, counted, lost, coverage):
+    target = coverage * counted[-1]
+    # the first step that reaches the target is taken in part
+    step = np.minimum((counted < target - 1e-9).sum(axis=0), len(counted) - 1)[None]
+    n_step, loss_step, upto, lost_upto = (np.take_along_axis(part, step, axis=0)[0]
+                                          for part in (count, loss, counted, lost))
+    beyond = np.divide(upto - target, n_step, out=np.zeros_like(target), where=n_step > 0)
+    return (lost_upto - beyond * loss_step) / target
 
 # %% ../../nbs/routing/metrics.ipynb #b7eb3724
 def confusion(routed, failures) -> dict[str, int]:
@@ -158,26 +180,25 @@ def error_metrics(errors_deg, tolerance_deg: float = 5.0) -> dict[str, float]:
     return {"mae": float(errors_deg.mean()), "median": float(np.median(errors_deg)),
             f"acc{tolerance_deg:g}": float((errors_deg <= tolerance_deg).mean())}
 
-# %% ../../nbs/routing/metrics.ipynb #c74a7a63
-_RANKING_METRICS = {"auroc": auroc, "aupr": average_precision, "fpr95": fpr_at_tpr}
-
-
-def detection_metrics(scores, errors_deg, failure_deg: float = 30.0, weights=None, draws_at_once: int = 125) -> dict:
+# %% ../../nbs/routing/metrics.ipynb #331a0838
+def detection_metrics(scores, errors_deg, failure_deg: float = 30.0, weights=None, draws_at_once: int = 64) -> dict:
     """auroc, aupr, fpr95, aurc, e_aurc, augrc (loss: the failure), aurc_deg (loss: degrees), risk_at_80 (failures).
 
-    A failure is an error above `failure_deg`. Floats, or (draw,) with weights (draw, row).
+    A failure is an error above `failure_deg`. Floats, or (draw,) with weights (draw, row). One ranking serves all.
     """
     scores, errors_deg = np.asarray(scores, np.float64), np.asarray(errors_deg, np.float64)
-    validate_scores(scores, errors_deg, weights)
     if weights is not None and len(weights) > draws_at_once:  # a block of draws that stays in the cache is faster
-        blocks = [detection_metrics(scores, errors_deg, failure_deg, weights[i:i + draws_at_once])
+        blocks = [detection_metrics(scores, errors_deg, failure_deg, weights[i:i + draws_at_once], draws_at_once)
                   for i in range(0, len(weights), draws_at_once)]
         return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    failures = errors_deg > failure_deg
-    result = {name: metric(scores, failures, weights) for name, metric in _RANKING_METRICS.items()}
-    return result | {"aurc": aurc(scores, failures, weights), "e_aurc": e_aurc(scores, failures, weights),
-                     "augrc": augrc(scores, failures, weights), "aurc_deg": aurc(scores, errors_deg, weights),
-                     "risk_at_80": risk_at_coverage(scores, failures, 0.8, weights)}
+    sums = _sums(scores, errors_deg > failure_deg, weights)
+    degrees = Ranking(scores, weights).steps(errors_deg)
+    area = _aurc(*sums)
+    result = {"auroc": _auroc(*sums), "aupr": _average_precision(*sums), "fpr95": _fpr_at_tpr(*sums), "aurc": area,
+              "e_aurc": area - _best_aurc(sums[2][-1], sums[3][-1]), "augrc": _augrc(*sums),
+              "aurc_deg": _aurc(sums[0], degrees, sums[2], np.cumsum(degrees, axis=0)),
+              "risk_at_80": _risk_at_coverage(*sums, 0.8)}
+    return {name: _one(value, weights) for name, value in result.items()}
 
 
 def evaluate(scores, errors_deg, routed, fallback_errors_deg, failure_deg: float = 30.0) -> dict[str, float]:

@@ -15,7 +15,7 @@ import numpy as np
 from ..lab.errors import DataError, ParameterError
 from .bank import ErrorTable, FeatureBank
 
-# %% ../../nbs/routing/registry.ipynb #8b694e59
+# %% ../../nbs/routing/registry.ipynb #7ed0458d
 class Detector:
     "Base of all detectors; a subclass overrides `score`, and `fit` when it learns something."
     name: str = ""
@@ -23,6 +23,7 @@ class Detector:
     source: str = ""
     needs: tuple[str, ...] = ()
     learns: bool = False
+    runs_fallback: bool = False  # the score needs the fallback's answer, so routing afterwards costs nothing more
 
     def fit(self, table: ErrorTable) -> "Detector":
         "Learn from calibration recordings; returns self."
@@ -31,6 +32,10 @@ class Detector:
     def score(self, table: ErrorTable) -> np.ndarray:
         "One score per recording (n,), higher = more likely to fail."
         raise NotImplementedError(f"{type(self).__name__} has no score method")
+
+    def cost_ms(self, table: ErrorTable) -> np.ndarray:
+        "What the score itself costs beyond the network's pass, milliseconds per recording (n,)."
+        return np.asarray(table.column("fallback_cost_ms"), float) if self.runs_fallback else np.zeros(len(table))
 
 
 _REGISTER: dict[str, type[Detector]] = {}
