@@ -296,3 +296,16 @@ def test_one_mic_is_refused():
     geometry = named_array("6cm").subarray(["0"])
     with pytest.raises(ParameterError, match="at least 2 mics"):
         SRP()(np.ones((1, 1000)) * 0.1, geometry, RATE)
+
+
+def test_gradients_reach_the_spectra_after_inference():
+    import torch
+
+    from ssl_kit.localize.srp import cross_spectra, steered_power
+
+    geometry, config = named_array("uca:4:0.05"), SRPConfig(n_fft=256, n_azimuth=36)
+    samples = plane_wave(geometry, 50.0, n=2000)
+    srp_map(samples, geometry, RATE, config)
+    spectra = cross_spectra(torch.from_numpy(samples)[None], RATE, config).requires_grad_()
+    steered_power(spectra, geometry, RATE, config)[0, 0, 5].backward()
+    assert spectra.grad.abs().max() > 0

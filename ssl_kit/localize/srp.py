@@ -143,12 +143,13 @@ def _coherence(products, powers):
     coherence = products.abs().square() / (powers[:, i] * powers[:, j]).clamp_min(tiny)
     return coherence / coherence.mean(dim=(1, 3), keepdim=True).clamp_min(1e-9)
 
-# %% ../../nbs/localize/srp.ipynb #df577a7e
+# %% ../../nbs/localize/srp.ipynb #a5e15c58
 @lru_cache(maxsize=16)
 def _tables_on(device: str, *key):
     "Transform and interpolation of `steering_tables` as tensors on a device."
     tables = steering_tables(*key)
-    return torch.from_numpy(tables.transform).to(device), torch.from_numpy(tables.interpolation).to(device)
+    with torch.inference_mode(False):  # kept for later callers, who may want gradients through the spectra
+        return torch.from_numpy(tables.transform).to(device), torch.from_numpy(tables.interpolation).to(device)
 
 
 def steered_power(spectra: torch.Tensor, geometry: ArrayGeometry, sample_rate: float, config: SRPConfig,
