@@ -55,10 +55,19 @@ def test_a_change_counts_where_it_is_reached(package):
     assert code_digests(source, package) != before
 
 
-def test_a_new_checkpoint_is_new_code(package):
-    before = code_digests("", package)
+@pytest.mark.parametrize(("source", "counts"), [
+    ("open(folder / 'assets' / 'net' / 'weights.bin')", True),
+    ("open('ssl_kit/assets/net/weights.bin')", True),
+    ("open(folder / 'assets' / name)", True),
+    ("open(folder / 'assets' / 'voices')", False),
+    ("open(folder / 'net')", False),
+])
+def test_a_new_checkpoint_is_new_code_where_it_may_be_opened(package, source, counts):
+    (package / "assets" / "voices").mkdir()
+    (package / "lab" / "files.py").write_text(source)
+    before = code_digests("import ssl_kit.lab.files", package)
     (package / "assets" / "net" / "weights.bin").write_text("2")
-    assert code_digests("", package) != before
+    assert (code_digests("import ssl_kit.lab.files", package) != before) == counts
 
 
 def test_machinery_names_modules_that_exist():

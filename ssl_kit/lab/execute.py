@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['StageFailure', 'StagePaused', 'MemoryWatch', 'kernel_environment', 'execute_notebook']
 
-# %% ../../nbs/lab/execute.ipynb #c335173b
+# %% ../../nbs/lab/execute.ipynb #91146c8c
 import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class MemoryWatch:
         if self._thread is not None:
             self._thread.join()
 
-# %% ../../nbs/lab/execute.ipynb #c949db50
+# %% ../../nbs/lab/execute.ipynb #3fbd4a17
 def _kernel_manager_class() -> type:
     "A kernel manager that starts ipykernel in this Python, whatever kernelspecs the machine has."
     from ipykernel.kernelspec import get_kernel_dict
@@ -82,7 +82,7 @@ def _kernel_manager_class() -> type:
 
 
 def _engine() -> type:
-    "papermill's engine, with environment, working folder, log file, and calls after each cell."
+    "papermill's engine, with environment, working folder, log file, and a watch on memory."
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine
 
@@ -90,21 +90,14 @@ def _engine() -> type:
         "Executes a managed notebook in a kernel of this Python."
 
         @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, *, start, on_cell, watch, start_timeout=120, **_):
-            n_cells = max(1, sum(cell.cell_type == "code" for cell in nb_man.nb.cells))
-            done = []
-
+        def execute_managed_notebook(cls, nb_man, kernel_name, *, start, watch, start_timeout=120, **_):
             async def started(**_):
                 watch.start(client.km.provisioner.pid)
-
-            async def executed(cell, cell_index, **_):
-                done.append(cell_index)
-                on_cell(len(done) / n_cells)
 
             client = PapermillNotebookClient(
                 nb_man, timeout=None, startup_timeout=start_timeout, kernel_name=kernel_name,
                 kernel_manager_class=_kernel_manager_class(), extra_arguments=["--HistoryManager.enabled=False"],
-                on_notebook_start=started, on_cell_executed=executed)
+                on_notebook_start=started)
             return client.execute(**start)
 
     return StageEngine
@@ -127,14 +120,12 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*[Ee]vent loop.*")
         yield
 
-# %% ../../nbs/lab/execute.ipynb #06f2310e
+# %% ../../nbs/lab/execute.ipynb #880068f1
 def execute_notebook(notebook: str | os.PathLike, run_dir: str | os.PathLike, values: Mapping[str, Any],
-                     extra_environment: Mapping[str, str] | None = None,
-                     on_cell: Callable[[float], None] = lambda fraction: None) -> int:
+                     extra_environment: Mapping[str, str] | None = None) -> int:
     """Execute `notebook` with the parameter `values` in `run_dir`; leaves notebook.ipynb there, in any case.
 
-    `on_cell(fraction)` is called after each code cell. Returns the peak memory in bytes. Raises StageFailure
-    naming the cell that failed.
+    Returns the peak memory in bytes. Raises StageFailure naming the cell that failed.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -151,7 +142,7 @@ def execute_notebook(notebook: str | os.PathLike, run_dir: str | os.PathLike, va
                      "stdout": log, "stderr": log}
             papermill.execute_notebook(str(notebook), str(executing), dict(values), engine_name="ssl_kit",
                                        kernel_name="python3", language="python", progress_bar=False,
-                                       start=start, on_cell=on_cell, watch=watch)
+                                       start=start, watch=watch)
     except PapermillExecutionError as error:
         raise StageFailure(f"cell {error.exec_count} failed with {error.ename}: {error.evalue}") from error
     except DeadKernelError as error:

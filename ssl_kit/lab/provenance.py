@@ -76,20 +76,34 @@ def modules_reached(source: str, root: Path | None = None) -> dict[str, Path]:
         waiting += _references(files[0].read_text(encoding="utf-8"), package)
     return reached
 
-# %% ../../nbs/lab/provenance.ipynb #fb7da2e2
-def _source_digest(path: Path) -> str:
-    "Hash of a module's syntax tree: comments, layout and the export tool's cell marks don't count."
-    return hashlib.sha256(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode()).hexdigest()
+# %% ../../nbs/lab/provenance.ipynb #c33c9c0e
+@functools.lru_cache(maxsize=512)
+def _assets_used(source: str, known: frozenset[str]) -> frozenset[str]:
+    "Which of the `known` folders and files of assets/ a source speaks of."
+    parts = [part for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant) and
+             isinstance(node.value, str) for part in node.value.split("/")]
+    if "assets" not in parts:
+        return frozenset()
+    return known & frozenset(parts) or known
+
+
+def _tree_digest(source: str) -> str:
+    "Hash of a syntax tree: comments, layout and the export tool's cell marks don't count."
+    return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()
 
 
 def code_digests(source: str, root: Path | None = None) -> dict[str, str]:
     "Hash for each part of the code that a stage's `source` depends on, by name."
     root = root or package_folder()
-    digests = {"stage": hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()}
-    digests |= {name: _source_digest(path) for name, path in modules_reached(source, root).items()}
-    for path in sorted((root / "assets").rglob("*")):
-        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts:
-            digests[path.relative_to(root).as_posix()] = sha256_file(path)
+    sources = {"stage": source}
+    sources |= {name: path.read_text(encoding="utf-8") for name, path in modules_reached(source, root).items()}
+    digests = {name: _tree_digest(text) for name, text in sources.items()}
+    top = root / "assets"
+    known = frozenset(path.name for path in top.iterdir()) if top.is_dir() else frozenset()
+    for name in frozenset().union(*(_assets_used(text, known) for text in sources.values())):
+        for path in (top / name, *(top / name).rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                digests[path.relative_to(root).as_posix()] = sha256_file(path)
     return dict(sorted(digests.items()))
 
 # %% ../../nbs/lab/provenance.ipynb #23cc2d1a

@@ -203,8 +203,8 @@ def _provenance(planned: Planned, device: str, started: str, wall_s: float, peak
             "environment": environment(), "started": started, "finished": utc_now(), "wall_s": round(wall_s, 3),
             "peak_memory_mb": round(peak_bytes / 2**20, 1)}
 
-# %% ../../nbs/lab/runs.ipynb #49b4c5c3
-def _attempt(planned: Planned, device: str, deadline: float | None, on_cell: Callable[[float], None]) -> None:
+# %% ../../nbs/lab/runs.ipynb #51909fae
+def _attempt(planned: Planned, device: str, deadline: float | None) -> None:
     "Execute a planned run in its folder, whose lock is held; record what came of it."
     folder, started, clock = planned.folder, utc_now(), time.monotonic()
     for need, at in planned.upstream.items():
@@ -220,7 +220,7 @@ def _attempt(planned: Planned, device: str, deadline: float | None, on_cell: Cal
     write_json(folder / "status.json", status)
     failure = None
     try:
-        peak_bytes = execute_notebook(planned.stage.path, folder, planned.values, _sub_environment(), on_cell)
+        peak_bytes = execute_notebook(planned.stage.path, folder, planned.values, _sub_environment())
         notes = folder / "notes.json"
         if reason := read_json(notes).get("unfinished") if notes.exists() else None:
             failure = ("paused", StagePaused(f"stage {planned.stage.name} paused: {reason}; the same command goes on"))
@@ -243,7 +243,6 @@ def _attempt(planned: Planned, device: str, deadline: float | None, on_cell: Cal
 
 
 def carry_out(planned: Planned, force: bool = False, device: str = "auto", deadline: float | None = None,
-              on_cell: Callable[[float], None] = lambda fraction: None,
               on_wait: Callable[[str], None] | None = None) -> tuple[Run, bool]:
     """Make the planned run, or find it made; returns (run, reused).
 
@@ -259,7 +258,7 @@ def carry_out(planned: Planned, force: bool = False, device: str = "auto", deadl
         with file_lock(planned.folder / ".kernel.lock", timeout_s=60.0):  # a killed runner's kernel ends by itself
             _clear(planned.folder, keep=() if force else ("artifacts",))
         try:
-            _attempt(planned, device, deadline, on_cell)
+            _attempt(planned, device, deadline)
         except OSError as error:
             if isinstance(error, StorageError | MissingDataError):
                 raise

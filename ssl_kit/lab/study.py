@@ -5,14 +5,20 @@
 # %% auto #0
 __all__ = ['Outcome', 'say', 'run_planned', 'format_headline', 'results_table']
 
-# %% ../../nbs/lab/study.ipynb #4fe35c31
+# %% ../../nbs/lab/study.ipynb #fe98798b
+import contextlib
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .progress import progress
+from tqdm.std import tqdm
+
+from .index import indexed_runs
+from .progress import PROGRESS_FILE, progress
 from .runs import Planned, Run, carry_out
 from .tables import format_number, text_table
 
@@ -32,12 +38,46 @@ class Outcome:
     reused: bool
     seconds: float
 
-# %% ../../nbs/lab/study.ipynb #530d441e
+# %% ../../nbs/lab/study.ipynb #d8793cad
 def say(text: str) -> None:
     "A line for the person who waits, on stderr, so that stdout stays for programs."
     print(text, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _ticking(bar: tqdm, folder: Path, weight: int, period_s: float = 1.0) -> Iterator[None]:
+    "Move `bar` on by the clock while a run of `weight` goes on in `folder`, and by all of `weight` at its end."
+    stop, before, started = threading.Event(), int(bar.n), time.monotonic()
+
+    def tick() -> None:
+        while not stop.wait(period_s):
+            with contextlib.suppress(OSError):
+                bar.set_postfix_str((folder / PROGRESS_FILE).read_text(encoding="utf-8"), refresh=False)
+            gone = min(round((time.monotonic() - started) * 10), int(weight * 0.95))
+            bar.update(before + gone - bar.n)
+            bar.refresh()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    if not bar.disable:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        if thread.is_alive():
+            thread.join()
+        bar.set_postfix_str("", refresh=False)
+    bar.update(before + weight - bar.n)
+
+
+def _weights(plan: Mapping[str, Planned], force: Sequence[str]) -> dict[str, int]:
+    "Expected tenths of a second of each run of a plan; next to nothing for one that is there."
+    rows = indexed_runs()
+    done = {(row["stage"], row["run_id"]) for row in rows if row["state"] == "finished"}
+    return {name: 1 if (name, planned.run_id) in done and name not in force
+            else max(1, round(10 * _expected_seconds(planned, rows))) for name, planned in plan.items()}
+
+# %% ../../nbs/lab/study.ipynb #fee0a7d8
 def run_planned(plan: Mapping[str, Planned], force: Sequence[str] = (), device: str = "auto",
                 time_limit_s: float | None = None, bar: bool | None = None) -> dict[str, Outcome]:
     """Carry out a plan in order; returns an outcome for each stage.
@@ -45,36 +85,27 @@ def run_planned(plan: Mapping[str, Planned], force: Sequence[str] = (), device: 
     `force` names stages to make anew; `bar` shows (True) or hides (False) the progress bar, None leaves it to
     whether somebody watches. Raises StageFailure at the first stage that fails.
     """
-    from ssl_kit.lab.index import indexed_runs
-
-    rows = indexed_runs()
-    done = {(row["stage"], row["run_id"]) for row in rows if row["state"] == "finished"}
-    weights = {name: 0.1 if (name, planned.run_id) in done and name not in force else _expected_seconds(planned, rows)
-               for name, planned in plan.items()}
+    weights = _weights(plan, force)
     deadline = None if time_limit_s is None else time.time() + time_limit_s
     outcomes: dict[str, Outcome] = {}
-    with progress(total=round(sum(weights.values()), 1), disable=None if bar is None else not bar, unit="s") as shown:
-        shown.bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
-        before = 0.0
+    with progress(total=sum(weights.values()), disable=None if bar is None else not bar) as shown:
+        shown.bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}"
         for name, planned in plan.items():
-            shown.set_description_str(f"{name} ({len(outcomes) + 1}/{len(plan)})")
+            shown.set_description_str(f"{name} ({len(outcomes) + 1}/{len(plan)}) ")
 
-            def advance(fraction: float, before: float = before, weight: float = weights[name]) -> None:
-                shown.update(before + fraction * weight - shown.n)
+            def waits(pid: str, name: str = name) -> None:
+                shown.write(f"{name}: process {pid} is at it; waiting", file=sys.stderr)
 
             started = time.monotonic()
-            run, reused = carry_out(planned, name in force, device, deadline, advance,
-                                    lambda pid, name=name: shown.write(f"{name}: process {pid} is at it; waiting",
-                                                                       file=sys.stderr))
-            advance(1.0)
+            with _ticking(shown, planned.folder, weights[name]):
+                run, reused = carry_out(planned, name in force, device, deadline, waits)
             outcomes[name] = Outcome(run, reused, time.monotonic() - started)
-            before += weights[name]
             shown.write(f"{name}: {'reused' if reused else 'done'} in {outcomes[name].seconds:.1f} s "
                         f"({run.stage}/{run.run_id})", file=sys.stderr)
     indexed_runs()
     return outcomes
 
-# %% ../../nbs/lab/study.ipynb #38b9517d
+# %% ../../nbs/lab/study.ipynb #649d2d5f
 def format_headline(row: Mapping[str, Any]) -> str:
     "value unit [low, high]."
     unit = row.get("unit") or ""
