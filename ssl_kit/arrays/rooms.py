@@ -289,12 +289,13 @@ def speech_image(dry, early, late, sample_rate: int) -> np.ndarray:
         image[:, first:first + n_out] += _convolve(piece[None], response, n_out)[:, :image.shape[1] - first]
     return image[:, :n_samples]
 
-# %% ../../nbs/arrays/rooms.ipynb #ff1b3021
-def _noise_envelope(samples, n_fft: int = 512, hop_length: int = 256) -> np.ndarray:
-    "Smoothed magnitude (freq, frame) of a noise clip (sample,), at least 60 dB below its mean everywhere."
+# %% ../../nbs/arrays/rooms.ipynb #dba926f9
+def _noise_envelope(samples) -> np.ndarray:
+    "Smoothed magnitude (freq, frame) of a clip (sample,) relative to white noise, not below -60 dB of its mean."
     from scipy.ndimage import uniform_filter
 
-    power = uniform_filter(np.abs(stft(np.asarray(samples, np.float32), n_fft, hop_length)) ** 2, size=(3, 5))
+    power = uniform_filter(np.abs(stft(np.asarray(samples, np.float32), 512, 256)) ** 2, size=(3, 5))
+    power /= np.sum(np.hanning(513)[:512] ** 2)  # what unit white noise has in each bin of this STFT
     return np.sqrt(np.maximum(power, 1e-6 * power.mean()))
 
 

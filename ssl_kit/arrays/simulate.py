@@ -98,7 +98,10 @@ def make_recording(task) -> tuple[int, bool]:
         _write_recording(root, config, geometry, seed, split, index)
     return index, True
 
-# %% ../../nbs/arrays/simulate.ipynb #78bdf468
+# %% ../../nbs/arrays/simulate.ipynb #5c1d98be
+_LOCK_WAIT_S = 10.0  # for another process that writes the same split
+
+
 def _identity(config: SceneConfig, geometry: ArrayGeometry, seed: int) -> dict:
     return {"config": asdict(config), "seed": seed, "mics": list(geometry.names),
             "positions_m": np.round(geometry.positions_m, 9).tolist(), "reference": geometry.reference}
@@ -124,7 +127,7 @@ def _table(rows: list[dict]) -> str:
     writer.writerows(rows)
     return text.getvalue()
 
-# %% ../../nbs/arrays/simulate.ipynb #235287f1
+# %% ../../nbs/arrays/simulate.ipynb #1f577443
 def simulate_dataset(config: SceneConfig, folder, n: int, seed: int = 0, geometry: ArrayGeometry | None = None,
                      workers: int = 1, split: str = "train") -> Path:
     """Make recordings 0..n-1 of a split below `folder`, in RealMAN's layout, and the tables; return the folder.
@@ -136,7 +139,7 @@ def simulate_dataset(config: SceneConfig, folder, n: int, seed: int = 0, geometr
     root, geometry = Path(folder), geometry or named_array("realman32")
     if split not in SPLITS or n < 1 or workers < 1:
         raise ParameterError(f"expected split in {SPLITS}, n >= 1, workers >= 1, found {split!r}, {n}, {workers}")
-    with file_lock(root / split / ".lock", timeout_s=10):
+    with file_lock(root / split / ".lock", timeout_s=_LOCK_WAIT_S):
         _claim(root / split, _identity(config, geometry, seed))
         tasks = [(root, config, geometry, seed, split, index) for index in range(n)]
         with ExitStack() as stack:
