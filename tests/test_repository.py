@@ -65,9 +65,13 @@ def test_public_names_have_docstrings(path):
 
 
 @pytest.mark.parametrize(argvalues=MODULES, **name_of)
-def test_modules_are_short(path):
-    lines = path.read_text(encoding="utf-8").count("\n")
-    assert lines <= 450, f"{lines} lines: split the notebook"
+def test_modules_are_short_and_narrow(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 450, f"{len(lines)} lines: split the notebook"
+    exported = next(k for k, line in enumerate(lines) if line.startswith("__all__"))
+    closing = next(k for k in range(exported, len(lines)) if lines[k].endswith("]"))
+    long = [k + 1 for k, line in enumerate(lines) if len(line) > 120 and not exported <= k <= closing]
+    assert not long, f"longer than 120: lines {long}"
 
 
 @pytest.mark.parametrize(argvalues=NOTEBOOKS, **name_of)
