@@ -41,7 +41,7 @@ def start_command(*arguments):
                             text=True)
 
 
-def wait_for(condition, timeout_s=60.0):
+def wait_for(condition, timeout_s=240.0):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -108,7 +108,7 @@ def test_two_writers_of_one_run(lab):
     """One makes the run, the other waits for it and finds it made."""
     pairs = ["-pn_steps=4", "-pstep_s=0.2"]
     processes = [start_command("run", "toy", *pairs, "--json") for _ in range(2)]
-    answers = [process.communicate(timeout=120) for process in processes]
+    answers = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], answers
     outcomes = [json.loads(out)[0] for out, _ in answers]
     assert sorted(outcome["reused"] for outcome in outcomes) == [False, True]
@@ -208,7 +208,7 @@ def test_full_disk(lab, executed, monkeypatch):
                 file.write(bytes(4096))
         with pytest.raises(StorageError, match="free some space"):
             carry_out(planned_toy())
-        assert not list(folder.rglob("*.tmp")) and not executed
+        assert not list(folder.rglob("*.tmp")) and not executed and indexed_runs() == []
         filler.unlink()
         assert carry_out(planned_toy())[0].state == "finished"
     finally:

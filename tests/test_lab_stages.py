@@ -90,7 +90,7 @@ def test_context_by_hand(tmp_path, monkeypatch):
         ctx.upstream("banks")
     with pytest.raises(ParameterError, match="give its name"):
         stage_context()
-    monkeypatch.setenv("JPY_SESSION_NAME", "/home/me/nbs/stages/study.ipynb")
+    monkeypatch.setenv("JPY_SESSION_NAME", "nbs/stages/study.ipynb")
     assert stage_context().stage == "study"
 
 

@@ -5,43 +5,28 @@
 # %% auto #0
 __all__ = ['indexed_runs']
 
-# %% ../../nbs/lab/index.ipynb #95baf0ca
+# %% ../../nbs/lab/index.ipynb #90c9f5d0
 import contextlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
 from .context import runs_folder
 from .errors import DataError
 from .runs import Run
 
-# %% ../../nbs/lab/index.ipynb #add9f338
+# %% ../../nbs/lab/index.ipynb #a2d11411
 _COLUMNS = ("stage", "run_id", "state", "profile", "started", "wall_s", "parameters", "headline", "mark")
-_SCHEMA = f"CREATE TABLE IF NOT EXISTS runs ({', '.join(_COLUMNS)}, PRIMARY KEY (stage, run_id))"
+_VERSION = 1  # of the table below; another one is made anew
 
 
-@contextlib.contextmanager
-def _database(runs: Path) -> Iterator[sqlite3.Connection]:
-    "The index of a runs folder, made when absent; a file that is no database is made anew."
-    path = runs / "index.sqlite"
-    connection = sqlite3.connect(path, timeout=30.0)
-    try:
-        try:
-            connection.execute(_SCHEMA)
-            connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM runs LIMIT 1")
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-                raise
-            connection.close()
-            path.unlink(missing_ok=True)
-            connection = sqlite3.connect(path, timeout=30.0)
-            connection.execute(_SCHEMA)
-        with connection:
-            yield connection
-    finally:
-        connection.close()
+def _prepare(connection: sqlite3.Connection, rebuild: bool) -> None:
+    "An empty table when there is none, when it is of another version, or to `rebuild`."
+    if rebuild or connection.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
+        connection.execute("DROP TABLE IF EXISTS runs")
+        connection.execute(f"CREATE TABLE runs ({', '.join(_COLUMNS)}, PRIMARY KEY (stage, run_id))")
+        connection.execute(f"PRAGMA user_version = {_VERSION}")
 
 
 def _row(folder: Path, mark: str) -> tuple:
@@ -64,7 +49,33 @@ def _marks(runs: Path) -> dict[tuple[str, str], str]:
             marks[path.parts[-3], path.parts[-2]] = f"{found.st_mtime_ns}-{found.st_ino}"
     return marks
 
-# %% ../../nbs/lab/index.ipynb #f1928e78
+# %% ../../nbs/lab/index.ipynb #5c2086e3
+def _refreshed(connection: sqlite3.Connection, runs: Path, rebuild: bool) -> list[tuple]:
+    "All rows, those of changed folders read again."
+    _prepare(connection, rebuild)
+    rows = connection.execute("SELECT stage, run_id, mark FROM runs")
+    known, marks = {(stage, run_id): mark for stage, run_id, mark in rows}, _marks(runs)
+    connection.executemany("DELETE FROM runs WHERE stage = ? AND run_id = ?", sorted(set(known) - set(marks)))
+    connection.executemany(f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * len(_COLUMNS))})", [
+        _row(runs / stage / run_id, mark) for (stage, run_id), mark in marks.items()
+        if known.get((stage, run_id)) != mark])
+    return connection.execute(f"SELECT {', '.join(_COLUMNS[:-1])} FROM runs ORDER BY started").fetchall()
+
+
+def _rows(runs: Path, rebuild: bool) -> list[tuple]:
+    "Rows from the index, from a new one when it is no database, from memory where none can be written."
+    index = runs / "index.sqlite"
+    for place in (index, index, ":memory:"):
+        try:
+            with contextlib.closing(sqlite3.connect(place, timeout=30.0)) as connection, connection:
+                return _refreshed(connection, runs, rebuild)
+        except sqlite3.OperationalError:  # full disk, no permission, locked for long
+            continue
+        except sqlite3.DatabaseError:
+            index.unlink(missing_ok=True)
+    raise AssertionError("a database in memory always works")
+
+
 def indexed_runs(runs: str | os.PathLike | None = None, rebuild: bool = False) -> list[dict]:
     """All runs as dicts (stage, run_id, state, profile, started, wall_s, parameters, headline), oldest first.
 
@@ -73,17 +84,7 @@ def indexed_runs(runs: str | os.PathLike | None = None, rebuild: bool = False) -
     runs = Path(runs) if runs is not None else runs_folder()
     if not runs.is_dir():
         return []
-    with _database(runs) as connection:
-        if rebuild:
-            connection.execute("DELETE FROM runs")
-        rows = connection.execute("SELECT stage, run_id, mark FROM runs")
-        known, marks = {(stage, run_id): mark for stage, run_id, mark in rows}, _marks(runs)
-        connection.executemany("DELETE FROM runs WHERE stage = ? AND run_id = ?", sorted(set(known) - set(marks)))
-        connection.executemany(f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * len(_COLUMNS))})", [
-            _row(runs / stage / run_id, mark) for (stage, run_id), mark in marks.items()
-            if known.get((stage, run_id)) != mark])
-        rows = connection.execute(f"SELECT {', '.join(_COLUMNS[:-1])} FROM runs ORDER BY started").fetchall()
-    found = [dict(zip(_COLUMNS[:-1], row, strict=True)) for row in rows]
+    found = [dict(zip(_COLUMNS[:-1], row, strict=True)) for row in _rows(runs, rebuild)]
     for row in found:
         row["parameters"], row["headline"] = json.loads(row["parameters"]), json.loads(row["headline"])
         if row["state"] == "running":

@@ -20,7 +20,7 @@ from .stages import PROFILES, find_stage, list_stages
 from .study import Outcome, format_headline, results_table, run_planned, say
 from .tables import format_number, text_table
 
-# %% ../../nbs/lab/run_commands.ipynb #c2075746
+# %% ../../nbs/lab/run_commands.ipynb #48aadb0a
 def _print_json(obj: Any) -> None:
     print(json.dumps(to_plain(obj), indent=1, ensure_ascii=False))
 
@@ -28,7 +28,13 @@ def _print_json(obj: Any) -> None:
 def _shorten(text: str, width: int = 60) -> str:
     return text if len(text) <= width else text[:width - 1] + "…"
 
-# %% ../../nbs/lab/run_commands.ipynb #c653034a
+def _typed(value: Any) -> str:
+    "A parameter's value as one types it after -p."
+    if isinstance(value, list):
+        return ",".join(map(_typed, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+# %% ../../nbs/lab/run_commands.ipynb #51d9bf41
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of `ssl-kit list`."
     parser.add_argument("stage", nargs="?", help="show the parameters and runs of this stage")
@@ -56,7 +62,7 @@ def run_list(args: argparse.Namespace) -> int:
         stage = stages[0]
         print(f"{stage.name}: {stage.title}\nneeds: {', '.join(stage.needs) or 'nothing'}\n")
         values = {profile: stage.resolve(profile) for profile in PROFILES}
-        print(text_table([[p.name, p.type_text, *(str(values[profile][p.name]) for profile in PROFILES), p.help]
+        print(text_table([[p.name, p.type_text, *(_typed(values[profile][p.name]) for profile in PROFILES), p.help]
                           for p in stage.parameters.values()], ("parameter", "type", *PROFILES, "")))
     else:
         print(text_table([[s.name, s.title, ", ".join(s.needs)] for s in stages], ("stage", "", "needs"))
@@ -71,7 +77,7 @@ def run_list(args: argparse.Namespace) -> int:
             print(f"({len(runs) - len(shown)} older ones: ssl-kit list --all)")
     return 0
 
-# %% ../../nbs/lab/run_commands.ipynb #2c0e8cbd
+# %% ../../nbs/lab/run_commands.ipynb #e6ecbb93
 def _add_common(parser: argparse.ArgumentParser) -> None:
     "Options that `run` and `study` share."
     parser.add_argument("-p", "--parameter", action="append", default=[], metavar="KEY=VALUE",
@@ -102,7 +108,7 @@ def _outcome_json(outcome: Outcome) -> dict:
     return {"stage": run.stage, "run_id": run.run_id, "folder": str(run.folder), "state": run.status["state"],
             "reused": outcome.reused, "seconds": round(outcome.seconds, 3), "metrics": run.metrics}
 
-# %% ../../nbs/lab/run_commands.ipynb #b09e5aa9
+# %% ../../nbs/lab/run_commands.ipynb #0c63de24
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of `ssl-kit run`."
     parser.add_argument("stage", help="the stage to run; what it needs runs before it, or is reused")
@@ -127,7 +133,7 @@ def run_run(args: argparse.Namespace) -> int:
         print(f"\n{run.folder}")
     return 0
 
-# %% ../../nbs/lab/run_commands.ipynb #5883bf2b
+# %% ../../nbs/lab/run_commands.ipynb #1d64bdc1
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of `ssl-kit study`."
     _add_common(parser)
@@ -159,7 +165,7 @@ def run_study(args: argparse.Namespace) -> int:
     print(f"\nreport: {report}" if report else "\nno stages: nothing to report")
     return 0
 
-# %% ../../nbs/lab/run_commands.ipynb #ab3391d3
+# %% ../../nbs/lab/run_commands.ipynb #cfddf050
 def add_show_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of `ssl-kit show`."
     parser.add_argument("run", help="id of a run or its beginning, or a stage for its newest run")
@@ -179,10 +185,9 @@ def run_show(args: argparse.Namespace) -> int:
     print(f"{run.stage}/{run.run_id}  {run.state}  {run.folder}")
     if run.status.get("error"):
         print(f"error: {run.status['error']}")
-    print("\n" + text_table([[key, str(value)] for key, value in run.parameters.items()], ("parameter", "value")))
+    print("\n" + text_table([[key, _typed(value)] for key, value in run.parameters.items()], ("parameter", "value")))
     print("\n" + results_table([run]))
-    commit = f"{(code.get('commit') or 'no commit')[:10]}{' + changes' if code.get('dirty') else ''}"
-    facts = [("code", f"{code.get('version')} ({commit})"), ("profile", made.get("profile")),
+    facts = [("code", code.get("text")), ("profile", made.get("profile")),
              ("device", made.get("device")), ("started", made.get("started")), ("wall time", f"{made.get('wall_s')} s"),
              ("peak memory", f"{made.get('peak_memory_mb')} MB"),
              *((f"built on {name}", run_id) for name, run_id in made.get("upstream", {}).items()),
@@ -196,7 +201,7 @@ def run_show(args: argparse.Namespace) -> int:
         print("\n" + "\n".join(files))
     return 0
 
-# %% ../../nbs/lab/run_commands.ipynb #bf47f721
+# %% ../../nbs/lab/run_commands.ipynb #55af7e09
 def differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, tuple]:
     "key -> (value in one, value in two) where they differ; None where a key is missing."
     return {key: (one.get(key), two.get(key)) for key in dict.fromkeys([*one, *two]) if one.get(key) != two.get(key)}
@@ -219,7 +224,7 @@ def compare_runs(one: Run, two: Run) -> dict[str, dict]:
             "metrics": differences(_numbers(one), _numbers(two)),
             **{name: differences(*pair) for name, pair in parts.items()}}
 
-# %% ../../nbs/lab/run_commands.ipynb #9788e55a
+# %% ../../nbs/lab/run_commands.ipynb #ef71025d
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of `ssl-kit compare`."
     parser.add_argument("one", help="a run: id, its beginning, or a stage")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUN_FORMAT', 'Run', 'all_runs', 'find_run', 'assign', 'Planned', 'plan', 'carry_out']
 
-# %% ../../nbs/lab/runs.ipynb #760e4009
+# %% ../../nbs/lab/runs.ipynb #90b16024
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ from .errors import DataError, MissingDataError, ParameterError, StorageError
 from .execute import StageFailure, StagePaused, execute_notebook
 from .files import file_lock, read_json, sha256_file, sha256_json, write_json
 from .parameters import nearest, split_pair
-from .provenance import code_digests, code_version, data_fingerprint, environment, version_text
+from .provenance import code_digests, code_version, data_fingerprint, environment
 from .stages import Stage, stages_folder, with_needs
 
 # %% ../../nbs/lab/runs.ipynb #5d209925
@@ -203,7 +203,7 @@ def _provenance(planned: Planned, device: str, started: str, wall_s: float, peak
             "environment": environment(), "started": started, "finished": utc_now(), "wall_s": round(wall_s, 3),
             "peak_memory_mb": round(peak_bytes / 2**20, 1)}
 
-# %% ../../nbs/lab/runs.ipynb #51909fae
+# %% ../../nbs/lab/runs.ipynb #88743b54
 def _attempt(planned: Planned, device: str, deadline: float | None) -> None:
     "Execute a planned run in its folder, whose lock is held; record what came of it."
     folder, started, clock = planned.folder, utc_now(), time.monotonic()
@@ -214,7 +214,7 @@ def _attempt(planned: Planned, device: str, deadline: float | None) -> None:
     write_json(folder / "params.json", planned.values)
     write_json(folder / "context.json", {
         "stage": planned.stage.name, "run_id": planned.run_id, "profile": planned.profile, "device": device,
-        "parameters": planned.values, "deadline": deadline, "code_version": version_text(code_version()),
+        "parameters": planned.values, "deadline": deadline, "code_version": code_version()["text"],
         "upstream": {need: str(at) for need, at in planned.upstream.items()}})
     status = {"state": "running", "started": started, "pid": os.getpid(), "profile": planned.profile}
     write_json(folder / "status.json", status)
