@@ -150,7 +150,7 @@ def diffuse_bank(
         bank[row] = diffuse_field(sources, geometry.positions_m, sample_rate)
     return bank
 
-# %% ../../nbs/localize/mixtures.ipynb #525a6c4f
+# %% ../../nbs/localize/mixtures.ipynb #7786dc7c
 @dataclass(frozen=True)
 class MixtureConfig:
     "How training clips are drawn from a response bank."
@@ -158,6 +158,7 @@ class MixtureConfig:
     batch_size: int = 16
     snr_db: tuple[float, float] = (-5.0, 20.0)  # uniform
     frame_samples: int = 1600                   # a label each 100 ms
+    point_noise_share: float = 0.0              # of the clips, with noise from one place
     turn: bool = True                           # relabel the ring: random turn and mirror image
     activity_db: float = -35.0                  # a frame is active above this level under the utterance's loudest
 
@@ -170,18 +171,32 @@ def frame_activity(samples, frame_samples: int, threshold_db: float = -35.0, pea
     return (power > peak * 10 ** (threshold_db / 10)).astype(np.float32) * float(peak > 0)
 
 
+def _reverberate(dry: np.ndarray, responses, rows, n_samples: int) -> np.ndarray:
+    "The last `n_samples` of dry (batch, sample) convolved with responses[rows] (batch, mic, tap)."
+    import torch
+
+    length = dry.shape[1]
+    response = torch.from_numpy(np.stack([responses[i] for i in rows]).astype(np.float32))
+    # circular convolution of `length` points: its last n_samples values are those of the linear one
+    spectrum = torch.fft.rfft(torch.from_numpy(dry))[:, None] * torch.fft.rfft(response, n=length)
+    return torch.fft.irfft(spectrum, n=length)[..., -n_samples:].numpy()
+
+
 class MixtureStream:
     """Endless batches of noisy reverberant speech; `batch(step)` depends on (seed, step) alone.
 
     responses: (n, mic, tap); facts: (n, 3) azimuth_deg, distance_m, t60_s; speech: int16 utterances;
-    noises: (n, mic, sample) diffuse noise of unit power, at least `n_samples` long."""
+    noises: (n, mic, sample) diffuse noise of unit power, longer than clip and response together;
+    point_rows: rows of `noises` that may stand in one place (None: all; babble should not, it is speech)."""
 
-    def __init__(self, responses, facts, speech, noises, config: MixtureConfig | None = None, seed: int = 0):
+    def __init__(self, responses, facts, speech, noises, config: MixtureConfig | None = None, seed: int = 0,
+                 point_rows: Sequence[int] | None = None):
         self.responses, self.facts, self.speech, self.noises = responses, facts, speech, noises
         self.config, self.seed = config or MixtureConfig(), seed
-        if noises.shape[1] != responses.shape[1] or noises.shape[2] < self.config.n_samples:
-            raise ParameterError(f"noises: expected (n, {responses.shape[1]}, >= {self.config.n_samples}), "
-                                 f"found {noises.shape}")
+        self.point_rows = np.arange(len(noises)) if point_rows is None else np.asarray(point_rows)
+        needed = self.config.n_samples + (responses.shape[2] if self.config.point_noise_share else 0)
+        if noises.shape[1] != responses.shape[1] or noises.shape[2] < needed:
+            raise ParameterError(f"noises: expected (n, {responses.shape[1]}, >= {needed}), found {noises.shape}")
 
     def _dry(self, rng, length: int) -> tuple[np.ndarray, np.ndarray]:
         "A stretch of dry speech (length,) and the activity of its last frames; drawn again while it is silent."
@@ -199,6 +214,22 @@ class MixtureStream:
                 return dry, activity
         raise DataError("speech: found no stretch with 30 % of active frames in 20 draws; is the corpus silent?")
 
+    def _noise(self, rng) -> np.ndarray:
+        "Diffuse noise (mic, sample), or noise from one place 10 dB above it."
+        cfg = self.config
+        field = self.noises[rng.integers(len(self.noises))]
+        start = rng.integers(0, field.shape[1] - cfg.n_samples + 1)
+        noise = field[:, start:start + cfg.n_samples].astype(np.float32)
+        if rng.random() >= cfg.point_noise_share:
+            return noise
+        source = self.noises[self.point_rows[rng.integers(len(self.point_rows))], -1]
+        length = cfg.n_samples + self.responses.shape[2]
+        start = rng.integers(0, len(source) - length + 1)
+        place = rng.integers(0, len(self.responses))
+        point = _reverberate(np.float32(source[None, start:start + length]), self.responses, [place], cfg.n_samples)[0]
+        ratio = np.sqrt(0.1 * np.mean(point[-1] ** 2) / (np.mean(noise[-1] ** 2) + 1e-12))
+        return point + ratio * noise
+
     def batch(self, step: int):
         "Tensors samples (batch, mic, sample), azimuth_deg (batch, frame) and activity (batch, frame) of a step."
         import torch
@@ -206,19 +237,13 @@ class MixtureStream:
         from ssl_kit.localize.crnn import relabel_ring
 
         cfg, rng = self.config, np.random.default_rng([self.seed, step])
-        n_taps = self.responses.shape[2]
-        length = cfg.n_samples + n_taps
+        length = cfg.n_samples + self.responses.shape[2]
         picked = rng.integers(0, len(self.responses), cfg.batch_size)
         dry, activity = map(np.stack, zip(*[self._dry(rng, length) for _ in picked], strict=True))
-        response = torch.from_numpy(np.stack([self.responses[i] for i in picked]).astype(np.float32))
-        # circular convolution of `length` points: its last n_samples values are those of the linear one
-        spectrum = torch.fft.rfft(torch.from_numpy(dry))[:, None] * torch.fft.rfft(response, n=length)
-        wet = torch.fft.irfft(spectrum, n=length)[..., -cfg.n_samples:].numpy()
+        wet = _reverberate(dry, self.responses, picked, cfg.n_samples)
         azimuths = []
         for k, row in enumerate(picked):
-            field = self.noises[rng.integers(len(self.noises))]
-            start = rng.integers(0, field.shape[1] - cfg.n_samples + 1)
-            noise = field[:, start:start + cfg.n_samples].astype(np.float32)
+            noise = self._noise(rng)
             active = np.repeat(activity[k], cfg.frame_samples).astype(bool)
             n = len(active)
             power = np.mean(wet[k, -1, :n][active] ** 2), np.mean(noise[-1] ** 2) + 1e-12

@@ -95,7 +95,7 @@ def validate(model: CRNN, stream: MixtureStream, n_batches: int) -> dict:
     return {"valid_mae_deg": float(errors.mean()), "valid_median_deg": float(np.median(errors)),
             "valid_acc5": float((errors <= 5).mean())}
 
-# %% ../../nbs/localize/training.ipynb #df74c636
+# %% ../../nbs/localize/training.ipynb #5fc3ba66
 class _State:
     "Model, average, optimizer and history of one training, saved and restored together."
 
@@ -112,8 +112,9 @@ class _State:
         with torch.no_grad():
             for mean, now in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 mean.lerp_(now, 1 - decay)
+            # the statistics of batch norm are averaged too: those of the last step do not belong to averaged weights
             for mean, now in zip(self.average.buffers(), self.model.buffers(), strict=True):
-                mean.copy_(now)
+                mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
 
     def _configs(self) -> dict:
         training = {k: v for k, v in asdict(self.config).items() if k != "workers"}
