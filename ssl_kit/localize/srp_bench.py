@@ -59,7 +59,7 @@ class PeerSRP:
         self.method.locate_sources(spectra, freq_range=list(self.config.band_hz))
         return int(np.argmax(self.method.grid.values))
 
-# %% ../../nbs/localize/srp_bench.ipynb #dcd8e76a
+# %% ../../nbs/localize/srp_bench.ipynb #866c6dac
 _TARGETS = {16384: 100.0, 512: 6.0}
 _STUDY_FILES, _STUDY_TARGET_S = 2009, 30.0
 
@@ -73,7 +73,7 @@ def bench_srp(quick: bool = False) -> list[BenchResult]:
     for n_fft, target in _TARGETS.items():
         method, config = SRP(n_fft=n_fft), SRPConfig(n_fft=n_fft)
         peer = PeerSRP(geometry, config)
-        compared = clips if n_fft < 4096 else clips[:len(clips) // 4]
+        compared = clips if n_fft < 4096 else clips[:max(2, len(clips) // 8)]  # half a second each for the peer
         differences = [angular_error_deg(peer(x), int(srp_map(x, geometry, SAMPLE_RATE, config)[0].argmax()))
                        for x in compared]
 
@@ -83,7 +83,7 @@ def bench_srp(quick: bool = False) -> list[BenchResult]:
         def theirs(peer=peer):
             return peer(clips[0])
 
-        repeats, n_threads = 5 if quick else 15, torch.get_num_threads()
+        repeats, n_threads = 3 if quick else 7, torch.get_num_threads()
         every = measure_in_turn(ours, theirs, repeats, warmup=2)
         with torch_threads(1):
             single = measure_in_turn(ours, theirs, repeats, warmup=2)
