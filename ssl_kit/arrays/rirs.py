@@ -54,7 +54,7 @@ def _full_order(dimensions_m, t60_s: float, speed_of_sound: float) -> int:
     "Reflections until the energy has fallen by 60 dB along the shortest side."
     return math.ceil(speed_of_sound * t60_s / min(dimensions_m)) + 1
 
-# %% ../../nbs/arrays/rirs.ipynb #85938304
+# %% ../../nbs/arrays/rirs.ipynb #294bc01c
 def room_impulse_responses(
     dimensions_m,                     # (3,) shoebox, metres
     t60_s: float,                     # reverberation time, seconds
@@ -84,21 +84,23 @@ def room_impulse_responses(
         raise ParameterError("rng: expected a numpy Generator for the diffuse tail of method 'hybrid', found None")
     reach = float(np.linalg.norm(1 / np.asarray(dimensions_m, float)))
     order = math.ceil(speed_of_sound * mixing_time_s * reach) + 1
-    early = _image_responses(dimensions_m, absorption, order, source_m, mics_m[rows], sample_rate, speed_of_sound)
+    # the first microphone of the array sets the level of the tail, also where it is not among those wanted
+    early = _image_responses(dimensions_m, absorption, order, source_m, mics_m[[0, *rows]], sample_rate, speed_of_sound)
     return _with_tail(early, t60_s, mics_m, rows, sample_rate, rng, mixing_time_s, speed_of_sound)
 
 
 def _with_tail(early, t60_s, mics_m, rows, sample_rate, rng, mixing_time_s, speed_of_sound) -> np.ndarray:
-    "Cross-fade from the images to the diffuse tail over the 20 ms before the mixing time."
+    "Cross-fade from the images (first mic, then `rows`) to the diffuse tail over the 20 ms before the mixing time."
     end, fade = int(mixing_time_s * sample_rate), int(0.02 * sample_rate)
     n_taps = end + int(t60_s * sample_rate)
     noise = rng.standard_normal((len(mics_m), n_taps - (end - fade)), dtype=np.float32)
-    tail = diffuse_field(noise, mics_m, sample_rate, select=rows, n_fft=512, speed_of_sound=speed_of_sound)
+    # the coherence knows distances alone: positions relative to the first mic make one cached matrix serve every room
+    tail = diffuse_field(noise, (mics_m - mics_m[0]).round(6), sample_rate, rows, 512, speed_of_sound)
     if early.shape[1] < end:
         early = np.pad(early, ((0, 0), (0, end - early.shape[1])))
-    # the level is the rms of the images in the cross-fade, over all microphones, at the middle of that window
+    # the level is the rms of the first mic's images in the cross-fade, at the middle of that window
     time_s = (np.arange(tail.shape[1]) - fade / 2) / sample_rate
-    level = float(np.sqrt(np.mean(early[:, end - fade:end] ** 2)))
+    level, early = float(np.sqrt(np.mean(early[0, end - fade:end] ** 2))), early[1:]
     tail *= level * 10 ** (-3 * time_s / t60_s).astype(np.float32)
     phase = np.linspace(0, np.pi / 2, fade, dtype=np.float32)
     response = np.zeros((len(rows), n_taps), np.float32)
