@@ -262,3 +262,33 @@ def test_ctrl_c_marks_the_run_and_passes_on(lab, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         carry_out(planned_toy())
     assert planned_toy().run.state == "interrupted"
+
+
+def test_the_bar_goes_by_the_clock_and_shows_the_stages_own_line(tmp_path):
+    from io import StringIO
+
+    from tqdm.std import tqdm
+
+    from ssl_kit.lab.progress import PROGRESS_FILE
+    from ssl_kit.lab.study import _ticking
+
+    shown = StringIO()
+    (tmp_path / PROGRESS_FILE).write_text("epoch 3/8")
+    with tqdm(total=12, file=shown, ncols=100) as bar:
+        bar.update(2)
+        with _ticking(bar, tmp_path, weight=10, period_s=0.02):
+            wait_for(lambda: bar.n >= 4)
+        assert bar.n == 12
+        with _ticking(bar, tmp_path, weight=0, period_s=0.02):
+            pass  # a run that was there
+    assert "epoch 3/8" in shown.getvalue()
+
+
+def test_a_study_says_what_it_did(lab, executed, capsys):
+    from ssl_kit.lab.study import results_table, run_planned
+
+    outcomes = run_planned(plan(list_stages()), bar=True)
+    assert not outcomes["toy"].reused and run_planned(plan(list_stages()))["toy"].reused
+    said = capsys.readouterr().err
+    assert "toy: done in" in said and "toy: reused in" in said and "100%" in said
+    assert "toy" in results_table([outcomes["toy"].run]) and len(executed) == 1

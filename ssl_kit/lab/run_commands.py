@@ -108,13 +108,14 @@ def _outcome_json(outcome: Outcome) -> dict:
     return {"stage": run.stage, "run_id": run.run_id, "folder": str(run.folder), "state": run.status["state"],
             "reused": outcome.reused, "seconds": round(outcome.seconds, 3), "metrics": run.metrics}
 
-# %% ../../nbs/lab/run_commands.ipynb #0c63de24
+# %% ../../nbs/lab/run_commands.ipynb #89623a73
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of `ssl-kit run`."
     parser.add_argument("stage", help="the stage to run; what it needs runs before it, or is reused")
     _add_common(parser)
     parser.add_argument("--force", action="store_true", help="make the run of this stage anew")
     parser.epilog = ("example: ssl-kit run routing_study -p corpus=librispeech --profile quick\n"
+                     "ssl-kit list STAGE shows what may be set by -p;\n"
                      "a finished run with the same code, parameters and data is reused; an interrupted one goes on")
 
 
