@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ErrorTable', 'make_table', 'FeatureBank', 'head_gap', 'save_bank', 'load_bank', 'read_npz', 'FallbackTable',
-           'attach_fallback', 'save_fallback', 'load_fallback']
+           'attach_fallback', 'save_fallback', 'read_table', 'load_fallback']
 
 # %% ../../nbs/routing/bank.ipynb #68632c6a
 import os
@@ -20,7 +20,7 @@ from ..arrays.angles import angular_error_deg
 from ..lab.errors import DataError, MissingDataError
 from ..lab.files import atomic_write
 
-# %% ../../nbs/routing/bank.ipynb #509ffe68
+# %% ../../nbs/routing/bank.ipynb #dea8242c
 @dataclass(frozen=True, eq=False)
 class ErrorTable:
     """Answers and errors of one localizer on n recordings; the plain-CSV case of a bank.
@@ -92,6 +92,10 @@ class ErrorTable:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
+
+    def forget(self) -> None:
+        "Empty the cache."
+        self._cache.clear()
 
     def _per_recording(self) -> tuple[str, ...]:
         return _PER_RECORDING
@@ -316,7 +320,7 @@ class FallbackTable:
 
 _FALLBACK_FIELDS = ("predicted_angles", "abs_errors", "confidence", "cost_ms", "global_indices")
 
-# %% ../../nbs/routing/bank.ipynb #d6cf7255
+# %% ../../nbs/routing/bank.ipynb #a4ce9eed
 def attach_fallback(table: ErrorTable, fallback: FallbackTable) -> ErrorTable:
     "`table` with the fallback's answers as columns fallback_angle, fallback_error, fallback_confidence and its own."
     fallback = fallback.aligned(table)
@@ -335,17 +339,25 @@ def save_fallback(fallback: FallbackTable, path: str | os.PathLike) -> Path:
     return Path(path)
 
 
-def load_fallback(path: str | os.PathLike) -> FallbackTable:
-    "Read what save_fallback wrote; DataError naming the file and the columns that miss."
+def read_table(path: str | os.PathLike):
+    "A CSV as DataFrame, numbers exact; MissingDataError or DataError naming the file."
     import pandas as pd
 
-    path = Path(path)
-    if not path.is_file():
-        raise MissingDataError(f"{path}: no such file; expected a table written by save_fallback")
+    if not Path(path).is_file():
+        raise MissingDataError(f"{path}: no such file; expected a CSV table with a header line")
+    exact = {"float_precision": "round_trip"} if int(pd.__version__.split(".")[0]) < 3 else {}  # the default since 3
     try:
-        frame = pd.read_csv(path, float_precision="round_trip")
+        frame = pd.read_csv(path, **exact)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable CSV table ({error})") from error
+        raise DataError(f"{path}: not a readable CSV table ({error}); write it again") from error
+    if frame.empty:
+        raise DataError(f"{path}: the table has a header but no rows")
+    return frame
+
+
+def load_fallback(path: str | os.PathLike) -> FallbackTable:
+    "Read what save_fallback wrote; DataError naming the file and the columns that miss."
+    frame = read_table(path)
     missing = [name for name in _FALLBACK_FIELDS if name not in frame]
     if missing:
         raise DataError(f"{path}: not a fallback table, columns missing: {missing}; it has {list(frame.columns)}")

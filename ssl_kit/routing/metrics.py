@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['validate_scores', 'Ranking', 'auroc', 'average_precision', 'fpr_at_tpr', 'aurc', 'e_aurc', 'augrc',
-           'risk_at_coverage', 'confusion', 'decision_metrics', 'error_metrics', 'detection_metrics', 'evaluate']
+           'risk_at_coverage', 'risk_curve', 'confusion', 'decision_metrics', 'error_metrics', 'detection_metrics',
+           'evaluate']
 
 # %% ../../nbs/routing/metrics.ipynb #1cc665c9
 import numpy as np
@@ -153,7 +154,17 @@ def _risk_at_coverage(count, loss, counted, lost, coverage):
     beyond = np.divide(upto - target, n_step, out=np.zeros_like(target), where=n_step > 0)
     return (lost_upto - beyond * loss_step) / target
 
-# %% ../../nbs/routing/metrics.ipynb #b7eb3724
+# %% ../../nbs/routing/metrics.ipynb #aa27f200
+def risk_curve(scores, losses, coverages, weights=None) -> np.ndarray:
+    "Mean loss of the accepted share at each of `coverages` (coverage,) in (0, 1]: (coverage,), or (draw, coverage)."
+    coverages = np.asarray(coverages, np.float64)
+    if not len(coverages) or coverages.min() <= 0 or coverages.max() > 1:
+        raise ParameterError(f"coverages: expected shares above 0 and up to 1, found {coverages}")
+    sums = _sums(scores, losses, weights)
+    curve = np.stack([_risk_at_coverage(*sums, coverage) for coverage in coverages], axis=-1)
+    return curve[0] if weights is None else curve
+
+# %% ../../nbs/routing/metrics.ipynb #58d0d943
 def confusion(routed, failures) -> dict[str, int]:
     "Counts: tp routed failures, fp routed good answers, fn failures kept, tn good answers kept."
     routed, failures = np.asarray(routed, bool), np.asarray(failures, bool)
@@ -180,7 +191,7 @@ def error_metrics(errors_deg, tolerance_deg: float = 5.0) -> dict[str, float]:
     return {"mae": float(errors_deg.mean()), "median": float(np.median(errors_deg)),
             f"acc{tolerance_deg:g}": float((errors_deg <= tolerance_deg).mean())}
 
-# %% ../../nbs/routing/metrics.ipynb #331a0838
+# %% ../../nbs/routing/metrics.ipynb #d0e3896d
 def detection_metrics(scores, errors_deg, failure_deg: float = 30.0, weights=None, draws_at_once: int = 64) -> dict:
     """auroc, aupr, fpr95, aurc, e_aurc, augrc (loss: the failure), aurc_deg (loss: degrees), risk_at_80 (failures).
 

@@ -79,7 +79,7 @@ def synthetic_bank(settings: SyntheticSettings | None = None, **changes) -> tupl
         logits_pre_sig=logits.astype(np.float32), predictions=posterior, W=W, b=b, head=s.head)
     return bank, _fallback(s, rng, bank)
 
-# %% ../../nbs/routing/synthetic.ipynb #e12f22e6
+# %% ../../nbs/routing/synthetic.ipynb #c719b6f0
 def _features(s: SyntheticSettings, rng, truth: np.ndarray, failing: np.ndarray) -> np.ndarray:
     "Non-negative features (n, frame, feature), failures as described above."
     apart = 1 - s.overlap
@@ -88,7 +88,7 @@ def _features(s: SyntheticSettings, rng, truth: np.ndarray, failing: np.ndarray)
     share = np.where(failing, rng.uniform(0.52, 0.98, s.n), 1.0)  # of the bump that is in the answered direction
     bump = share[:, None] * tuning(wrong + rng.normal(0, 2, s.n), s.n_features) \
         + (1 - share[:, None]) * tuning(truth, s.n_features)
-    off_manifold = np.where(failing, 0.1 + 0.25 * apart, 0.1)[:, None, None]
+    off_manifold = np.where(failing, 0.1 + 0.04 * apart, 0.1)[:, None, None]
     noise = rng.normal(size=(s.n, s.n_frames, s.n_features)) * off_manifold
     frames = rng.gamma(8, 1 / 8, (s.n, s.n_frames, 1))
     return np.maximum(strength[:, None, None] * frames * bump[:, None] + noise, 0).astype(np.float32)
