@@ -56,8 +56,9 @@ test: setup
 	@$(MAKE) stages
 	@$(QUIET) $(ONE_THREAD) python -m pytest
 
+# Stages are no tests: they run as stages, below.
 notebooks: setup
-	@echo "notebooks:" && $(QUIET) $(ONE_THREAD) nbdev_test --n_workers $(CORES)
+	@echo "notebooks:" && $(QUIET) $(ONE_THREAD) nbdev_test --n_workers $(CORES) --skip_folder_re '^([_.]|stages$$)'
 
 # In a folder of their own: nothing is reused, and neither runs/ nor figures/ change.
 stages: setup
