@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BankPlan', 'union_array', 'make_parts', 'write_banks']
 
-# %% ../../nbs/localize/banks.ipynb #9359205c
+# %% ../../nbs/localize/banks.ipynb #b5626b45
 import os
 import time
 import zipfile
@@ -29,7 +29,6 @@ from .crnn import decode_azimuth
 from .network import CRNNLocalizer, clip_posterior
 from .protocol import overall_azimuth_deg
 from .srp import SRP, SRPConfig, power_ratio
-from ..routing.bank import FallbackTable, FeatureBank, save_bank, save_fallback
 
 # %% ../../nbs/localize/banks.ipynb #b30017e8
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def union_array(arrays: Sequence[str]) -> ArrayGeometry:
     needed = {name for array in arrays for name in named_array(array).names}
     return whole.subarray([name for name in whole.names if name in needed or name == whole.names[whole.reference]])
 
-# %% ../../nbs/localize/banks.ipynb #c3df8db8
+# %% ../../nbs/localize/banks.ipynb #2d64e78b
 @lru_cache(maxsize=2)
 def _network(checkpoint: str) -> CRNNLocalizer:
     return CRNNLocalizer.load(checkpoint, strict=False) if checkpoint else CRNNLocalizer.load_default(strict=False)
@@ -128,7 +127,7 @@ def _make_part(args) -> int:
     arrays = {"index": np.asarray(indices)}
     for name in _FACTS:
         arrays[name] = np.array([float(r.meta[name]) for r in recordings])
-    for name in ("room", "speaker", "noise"):
+    for name in ("room", "speaker", "noise", "noise_from"):
         arrays[name] = np.array([str(r.meta[name]) for r in recordings])
     for array in plan.arrays:
         arrays |= {f"{array}/{key}": value for key, value in _ask(plan, array, recordings).items()}
@@ -136,7 +135,7 @@ def _make_part(args) -> int:
         np.savez(file, **arrays)
     return len(indices)
 
-# %% ../../nbs/localize/banks.ipynb #c9830396
+# %% ../../nbs/localize/banks.ipynb #979ec9ef
 def _is_whole(path: Path) -> bool:
     "Whether a part can be read to its end."
     if not path.is_file():
@@ -172,7 +171,7 @@ def make_parts(plan: BankPlan, folder, workers: int | None = None, part_size: in
 def write_banks(plan: BankPlan, folder, workers: int | None = None) -> dict[str, dict[str, Path]]:
     """Banks and fallback tables of a plan: {array: {"bank", "fallback"}}, and scenes.csv with what each scene was.
 
-    Raises DataError when two recordings of different splits could meet (see `ssl_kit.routing.splits`)."""
+    Raises DataError when the folder holds parts of another plan."""
     import pandas as pd
 
     folder = Path(folder)
@@ -180,25 +179,44 @@ def write_banks(plan: BankPlan, folder, workers: int | None = None) -> dict[str,
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0].files}
     if not np.array_equal(joined["index"], np.arange(plan.n)):
         raise DataError(f"{folder / 'parts'}: expected recordings 0 to {plan.n - 1}, found others; remove the folder")
-    scenes = pd.DataFrame({name: joined[name] for name in ("index", "room", "speaker", "noise", *_FACTS)})
+    scenes = pd.DataFrame({name: joined[name] for name in ("index", "room", "speaker", "noise", "noise_from", *_FACTS)})
     with atomic_write(folder / "scenes.csv") as file:
         file.write(scenes.to_csv(index=False).encode())
-    model = _network(plan.checkpoint).model
+    head = _network(plan.checkpoint).model.head
     written = {}
     for array in plan.arrays:
         of = {key.split("/", 1)[1]: value for key, value in joined.items() if key.startswith(f"{array}/")}
-        fallback = FallbackTable(of["srp_angle"], of["srp_error"], of["srp_confidence"], of["srp_ms"],
-                                 joined["index"], {name: of[name] for name in (
-                                     "srp_ratio", "log_likelihood_network", "log_likelihood_fallback")})
-        written[array] = {"fallback": save_fallback(fallback, folder / array / "fallback.csv")}
-        columns = {name: joined[name] for name in _FACTS} | {"network_ms": of["network_ms"]}
-        names = np.array([f"{plan.split}-{plan.seed}-{i:06d}" for i in joined["index"]])
-        if not plan.keep_features:
-            continue
-        bank = FeatureBank(
-            of["predicted_angles"], of["gt_angles"], of["abs_errors"], joined["index"], names, joined["room"],
-            joined["speaker"], columns, penultimate_features=of["penultimate_features"],
-            logits_pre_sig=of["logits_pre_sig"], predictions=of["predictions"],
-            W=model.head.weight.detach().cpu().numpy(), b=model.head.bias.detach().cpu().numpy())
-        written[array]["bank"] = save_bank(bank, folder / array / "bank.npz")
+        written[array] = {"fallback": _write_fallback(folder / array / "fallback.csv", joined["index"], of)}
+        if plan.keep_features:
+            written[array]["bank"] = _write_bank(folder / array / "bank.npz", plan, joined, of, head)
     return written
+
+
+def _write_fallback(path: Path, numbers, of: dict) -> Path:
+    "SRP-PHAT's answers as the table that `ssl_kit.routing.bank.load_fallback` reads."
+    import pandas as pd
+
+    frame = pd.DataFrame({"predicted_angles": of["srp_angle"], "abs_errors": of["srp_error"],
+                          "confidence": of["srp_confidence"], "cost_ms": of["srp_ms"], "global_indices": numbers,
+                          **{name: of[name] for name in _PHYSICS}})
+    with atomic_write(path) as file:
+        file.write(frame.to_csv(index=False).encode())
+    return path
+
+
+_PHYSICS = ("srp_ratio", "log_likelihood_network", "log_likelihood_fallback")
+
+
+def _write_bank(path: Path, plan: BankPlan, joined: dict, of: dict, head) -> Path:
+    "A bank with the keys that `ssl_kit.routing.bank.load_bank` reads; the file is all that routing sees of a network."
+    per_recording = {name: of[name] for name in ("penultimate_features", "logits_pre_sig", "predictions",
+                                                 "predicted_angles", "gt_angles", "abs_errors")}
+    columns = {name: joined[name] for name in _FACTS} | {
+        "network_ms": of["network_ms"], "point_noise": (joined["noise_from"] == "a place").astype(float)}
+    names = np.array([f"{plan.split}-{plan.seed}-{i:06d}" for i in joined["index"]])
+    with atomic_write(path) as file:
+        np.savez(file, **per_recording, global_indices=joined["index"], filenames=names, group_ids=joined["room"],
+                 speakers=joined["speaker"], W=head.weight.detach().cpu().numpy(),
+                 b=head.bias.detach().cpu().numpy(), head=np.array("softmax"),
+                 **{f"column_{name}": column for name, column in columns.items()})
+    return path

@@ -141,13 +141,13 @@ def read_for_array(path, geometry: ArrayGeometry, sample_rate: int = 16000, chan
     samples = samples[select_channels(len(samples), geometry, channels, str(path))]
     return check_recording(samples, geometry, sample_rate, str(path))
 
-# %% ../../nbs/localize/protocol.ipynb #1ae83122
+# %% ../../nbs/localize/protocol.ipynb #f2cedd7c
 _LOCALIZERS: dict[str, str | Callable[..., Localizer]] = {
     "srp": "ssl_kit.localize.srp:SRP",
     "music": "ssl_kit.localize.baselines:MUSIC",
     "mvdr": "ssl_kit.localize.baselines:MVDR",
     "gcc-ls": "ssl_kit.localize.baselines:GCCLeastSquares",
-    "crnn": "ssl_kit.localize.crnn:CRNNLocalizer.load_default",
+    "crnn": "ssl_kit.localize.network:CRNNLocalizer.load_default",
 }
 
 
