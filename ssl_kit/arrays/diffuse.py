@@ -24,7 +24,7 @@ def isotropic_coherence(
     distance = np.linalg.norm(positions_m[:, None] - positions_m[None], axis=-1)
     return np.sinc(2 * np.asarray(frequencies_hz, float)[:, None, None] * distance / speed_of_sound)
 
-# %% ../../nbs/arrays/diffuse.ipynb #c8837e03
+# %% ../../nbs/arrays/diffuse.ipynb #0eaa1c21
 @lru_cache(maxsize=32)
 def _mixing(positions: bytes, n_mics: int, n_fft: int, sample_rate: int, speed_of_sound: float) -> np.ndarray:
     positions_m = np.frombuffer(positions).reshape(n_mics, 3)
@@ -34,7 +34,8 @@ def _mixing(positions: bytes, n_mics: int, n_fft: int, sample_rate: int, speed_o
     return root.astype(np.float32)
 
 
-def mixing_matrix(positions_m, n_fft: int = 1024, sample_rate: int = 16000, speed_of_sound: float = 343.0) -> np.ndarray:
+def mixing_matrix(positions_m, n_fft: int = 1024, sample_rate: int = 16000,
+                  speed_of_sound: float = 343.0) -> np.ndarray:
     "Symmetric C (freq, mic, mic) with C C^T = `isotropic_coherence`; rows: microphones, columns: source noises."
     positions_m = np.ascontiguousarray(positions_m, dtype=float)
     if positions_m.ndim != 2 or positions_m.shape[1] != 3:
