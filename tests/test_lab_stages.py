@@ -119,3 +119,18 @@ def test_what_a_context_saves(tmp_path):
     assert ctx.note_checkpoint(tmp_path / "net.bin").startswith("ba7816bf") and ctx.device == "cpu"
     notes = read_json(tmp_path / "notes.json")
     assert notes["checkpoints"]["net.bin"].startswith("ba7816bf") and notes["device"] == "cpu"
+
+
+def test_optional_data_is_used_where_it_is_and_not_missed_where_it_is_not(tmp_path, monkeypatch):
+    from ssl_kit.lab.runs import plan
+
+    write_stage(tmp_path / "stages", "toy", "dict(title='T', optional_data=['tables'])")
+    stages = list_stages(tmp_path / "stages")
+    monkeypatch.setenv("SSL_KIT_DATA", str(tmp_path / "data"))
+    (tmp_path / "data" / "tables").mkdir(parents=True)
+    (tmp_path / "data" / "tables" / "a.csv").write_text("1")
+    with_data = plan(stages, runs=tmp_path / "runs")["toy"]
+    (tmp_path / "data" / "tables" / "a.csv").unlink()
+    (tmp_path / "data" / "tables").rmdir()
+    without = plan(stages, runs=tmp_path / "runs")["toy"]
+    assert with_data.folder != without.folder

@@ -121,7 +121,7 @@ def assign(pairs: Iterable[str], stages: Mapping[str, Stage], target: str | None
                 given[name][key] = stages[name].parameters[key].parse(text, f"-p, stage {name}")
     return given
 
-# %% ../../nbs/lab/runs.ipynb #5725f7bd
+# %% ../../nbs/lab/runs.ipynb #ae9043ad
 @dataclass(frozen=True)
 class Planned:
     "A run that is to be: everything is known of it but its results."
@@ -145,7 +145,14 @@ def _data_of(stage: Stage, values: Mapping[str, Any]) -> dict:
     from ssl_kit.lab.dataroot import data_root
 
     folders = stage.data_folders(values)
-    return data_fingerprint(data_root(), folders) if folders else {}
+    found = data_fingerprint(data_root(), folders) if folders else {}
+    if stage.optional_data:
+        try:
+            found |= data_fingerprint(data_root(), [name for name in stage.optional_data
+                                                    if (data_root() / name).is_dir()])
+        except MissingDataError:
+            return found  # without a data root the stage does without, and is another run than the one with it
+    return found
 
 
 def plan(stages: Mapping[str, Stage], profile: str = "quick", pairs: Sequence[str] = (), target: str | None = None,

@@ -22,7 +22,7 @@ from .provenance import package_folder
 
 _all_ = ["StageContext", "stage_context"]  # stage notebooks import these from here
 
-# %% ../../nbs/lab/stages.ipynb #aa900b84
+# %% ../../nbs/lab/stages.ipynb #66ec9361
 PROFILES = ("ci", "quick", "full")
 
 
@@ -38,6 +38,7 @@ class Stage:
     parameters: Mapping[str, Parameter]
     profiles: Mapping[str, Mapping[str, Any]]
     data: Mapping[str, tuple[str, ...]]
+    optional_data: tuple[str, ...]
     seconds: Mapping[str, float]
     source: str
 
@@ -85,8 +86,9 @@ def _python(source: str) -> str:
     return "\n".join(f"{line[:len(line) - len(line.lstrip())]}{line.strip()!r}" if line.lstrip()[:1] in ("%", "!")
                      else line for line in source.splitlines())
 
-# %% ../../nbs/lab/stages.ipynb #40f4b1d4
-_STAGE_KEYS = {"title": str, "track": str, "needs": (list, tuple), "data": (dict, list, tuple), "seconds": dict}
+# %% ../../nbs/lab/stages.ipynb #0fcefbbb
+_STAGE_KEYS = {"title": str, "track": str, "needs": (list, tuple), "data": (dict, list, tuple),
+               "optional_data": (list, tuple), "seconds": dict}
 
 
 def _declaration(source: str, where: str) -> dict:
@@ -121,6 +123,7 @@ def read_stage(path: str | os.PathLike) -> Stage:
                        if not skipped & set(cell["metadata"].get("tags", [])))
     stage = Stage(path.stem, path, declared["title"], declared.get("track", ""), tuple(declared.get("needs", ())),
                   parameters, profiles, {key: tuple(value) for key, value in data.items()},
+                  tuple(declared.get("optional_data", ())),
                   declared.get("seconds", {}), source)
     for profile in profiles:
         stage.resolve(profile)
