@@ -52,8 +52,8 @@ def register(name: str, formula: str, source: str, needs: tuple[str, ...], learn
         return cls
     return add
 
-# %% ../../nbs/routing/registry.ipynb #5b25649a
-_HOMES = ("detectors_scores", "detectors_features", "detectors_physics")
+# %% ../../nbs/routing/registry.ipynb #9dcbd804
+_HOMES = ("detectors_scores", "detectors_features", "detectors_physics", "detectors_defer")
 
 
 def detector_classes() -> dict[str, type[Detector]]:
