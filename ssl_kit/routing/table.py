@@ -112,7 +112,7 @@ def failure_aurocs(table: ErrorTable, failure_deg: float = 30.0, signs: Mapping[
     return {detector.name: auroc(detector.score(table), table.abs_errors > failure_deg)
             for detector in column_detectors(table, signs)}
 
-# %% ../../nbs/routing/table.ipynb #a9d9eefd
+# %% ../../nbs/routing/table.ipynb #436a7765
 @dataclass(frozen=True, eq=False)
 class JoinedTable:
     "`table` (all n recordings), rows (m,) that the fallback answered, its answers in that order, and what was refused."
@@ -135,7 +135,7 @@ class JoinedTable:
 
 def join_fallback(table: ErrorTable, path: str | os.PathLike, predicted: str = "srp_pred", truth: str = "gt_angle",
                   index: str = "global_idx", network: str | None = "crnn_pred",
-                  tolerance_deg: float = 0.51) -> JoinedTable:
+                  tolerance_deg: float = 1.0) -> JoinedTable:
     "Join a CSV of fallback answers to `table`; its errors are those against its own, exact, truth."
     frame = read_table(path)
     missing = [name for name in (predicted, truth, index, network) if name is not None and name not in frame]
