@@ -1,17 +1,24 @@
 """The command `ssl-kit`: start-up, help, errors, and the commands about runs."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from stage_notebooks import write_stage, write_toy
 
 from ssl_kit.lab import doctor
 from ssl_kit.lab import runs as runs_module
-from ssl_kit.lab.cli import COMMANDS, main
+from ssl_kit.lab.cli import COMMANDS, build_parser, main
 from ssl_kit.lab.execute import StageFailure
 from ssl_kit.lab.files import write_json
+from ssl_kit.lab.runs import assign
+from ssl_kit.lab.stages import list_stages, with_needs
+from ssl_kit.lab.sweep import grid_points
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -66,6 +73,34 @@ def test_every_command_has_help_with_an_example(command, capsys):
     assert "example" in out and f"ssl-kit {command}" in out
 
 
+def examples():
+    """Every `ssl-kit ...` line in the help of the commands."""
+    for command in COMMANDS:
+        parser = build_parser(command)
+        epilogs = [sub.epilog for action in parser._subparsers._group_actions for sub in action.choices.values()]
+        for epilog in filter(None, epilogs):
+            yield from (match.split(", ")[0].split("   ")[0] for match in re.findall(r"ssl-kit .*", epilog))
+
+
+@pytest.mark.parametrize("line", sorted({line for line in examples() if "STAGE" not in line}))
+def test_examples_of_the_help_are_right(line):
+    words = line.split()[1:]
+    args = build_parser(words[0]).parse_args(words)
+    if args.command in ("run", "sweep"):
+        chosen = with_needs(args.stage, list_stages(ROOT / "nbs" / "stages"))
+        points = grid_points(args.grid, args.seeds, chosen[args.stage]) if args.command == "sweep" else [[]]
+        assert all(assign([*args.parameter, *point], chosen, args.stage) for point in points)
+
+
+def test_a_full_disk_behind_stdout_is_said(lab):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "ssl_kit.lab.cli", "list"], stdout=full, stderr=subprocess.PIPE,
+                              text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("ssl-kit: No space left") and "Trace" not in done.stderr
+
+
 def test_version_and_help(capsys):
     for option, expected in [("--version", "ssl-kit 0."), ("--help", "sweep")]:
         with pytest.raises(SystemExit) as caught:
@@ -86,12 +121,27 @@ def test_version_and_help(capsys):
     (["sweep", "toy", "--grid", "n_steps=1,two"], "expects int"),
     (["sweep", "toy", "--seeds", "0"], "at least 1"),
     (["sweep", "toy", "--seeds", "1", "--jobs", "0"], "--jobs"),
+    (["run", "toy", "--device", "mps"], "device 'mps'"),
+    (["study", "--device", "mps"], "device 'mps'"),
+    (["sweep", "toy", "--seeds", "1", "--device", "mps"], "device 'mps'"),
 ])
-def test_a_wrong_command_is_one_paragraph_and_makes_nothing(lab, capsys, arguments, complaint):
+def test_a_wrong_command_is_one_paragraph_and_makes_nothing(lab, capsys, monkeypatch, arguments, complaint):
+    if "--device" in arguments:
+        import torch
+
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert complaint in err and "Traceback" not in err and err.startswith("ssl-kit: ")
     assert not list((lab / "runs").glob("*/*"))
+
+
+@pytest.mark.parametrize("option", [["--time-limit", "0"], ["--time-limit", "soon"], ["--device", "gpu"],
+                                    ["--profile", "huge"]])
+def test_a_wrong_option_names_itself(lab, capsys, option):
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "toy", *option])
+    assert caught.value.code == 2 and option[0] in capsys.readouterr().err and not (lab / "runs").exists()
 
 
 def test_debug_shows_the_traceback(lab, capsys):

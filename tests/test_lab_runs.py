@@ -292,3 +292,18 @@ def test_a_study_says_what_it_did(lab, executed, capsys):
     said = capsys.readouterr().err
     assert "toy: done in" in said and "toy: reused in" in said and "100%" in said
     assert "toy" in results_table([outcomes["toy"].run]) and len(executed) == 1
+
+
+def test_the_kernel_finds_folders_that_were_named_relative_to_here(lab, monkeypatch):
+    for name in ("SSL_KIT_DATA", "SSL_KIT_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    (lab / "data").mkdir()
+    (lab / "work").mkdir()
+    monkeypatch.chdir(lab / "work")
+    monkeypatch.setenv("SSL_KIT_CACHE", "../cache")
+    (lab / "work" / "ssl_kit.toml").write_text('data_root = "../data"')
+    inside = runs_module._sub_environment()
+    assert inside["SSL_KIT_DATA"] == str(lab / "data") and inside["SSL_KIT_CACHE"] == str(lab / "cache")
+    (lab / "other").mkdir()
+    monkeypatch.setenv("SSL_KIT_DATA", "../other")  # wins over the file
+    assert runs_module._sub_environment()["SSL_KIT_DATA"] == str(lab / "other")

@@ -34,6 +34,10 @@ def test_a_stage_is_read_without_being_run(tmp_path):
     ({"profiles": "{'ci': {'sed': 1}}"}, "profile ci: unknown parameter 'sed'; did you mean 'seed'"),
     ({"profiles": "{'ci': {'seed': 'one'}}"}, "expects int"),
     ({"profiles": "{'tiny': {'seed': 1}}"}, "profile 'tiny' is unknown"),
+    ({"stage": "dict(title='x', choices={'sed': [0, 1]})"}, "did you mean 'seed'"),
+    ({"stage": "dict(title='x', choices={'seed': [1, 2]})"}, "default: parameter 'seed' knows no 0"),
+    ({"stage": "dict(title='x', choices={'seed': [0]})", "profiles": "{'ci': {'seed': 1}}"}, "profile ci.*knows no 1"),
+    ({"stage": "dict(title='x', paths=['sed'])"}, "STAGE\\['paths'\\] names 'sed'"),
 ])
 def test_a_wrong_declaration_names_notebook_and_fault(tmp_path, kwargs, complaint):
     with pytest.raises(ParameterError, match=complaint):
@@ -134,3 +138,49 @@ def test_optional_data_is_used_where_it_is_and_not_missed_where_it_is_not(tmp_pa
     (tmp_path / "data" / "tables").rmdir()
     without = plan(stages, runs=tmp_path / "runs")["toy"]
     assert with_data.folder != without.folder
+
+
+def test_a_value_that_is_no_choice_is_refused(tmp_path):
+    path = write_stage(tmp_path, "study", "dict(title='x', choices={'corpora': ['embedded', 'librispeech']})",
+                       "corpora: list[str] = ['embedded']")
+    stage = read_stage(path)
+    assert stage.resolve("quick", {"corpora": ["librispeech", "embedded"]})["corpora"] == ["librispeech", "embedded"]
+    with pytest.raises(ParameterError, match="'corpora' knows no 'libri'; did you mean 'librispeech'"):
+        stage.parameters["corpora"].parse("embedded,libri")
+
+
+def test_a_path_is_known_by_its_content(tmp_path, monkeypatch):
+    from ssl_kit.lab.runs import plan
+
+    write_stage(tmp_path / "stages", "toy", "dict(title='T', paths=['checkpoint'])", "checkpoint: str = ''")
+    stages = list_stages(tmp_path / "stages")
+    monkeypatch.chdir(tmp_path)
+
+    def planned(value):
+        return plan(stages, "quick", [f"checkpoint={value}"], "toy", tmp_path / "runs")["toy"]
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("1")
+    one = planned("one")
+    assert one.values["checkpoint"] == str(tmp_path / "one")  # the kernel works in the run folder
+    assert planned("two").run_id == one.run_id != planned("").run_id
+    (tmp_path / "one" / "weights").write_text("2")
+    assert planned("one").run_id != one.run_id
+    assert planned("one/weights").values["checkpoint"].endswith("one/weights")
+    with pytest.raises(MissingDataError, match="-p checkpoint=three: expected a file or folder"):
+        planned("three")
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    import torch
+
+    from ssl_kit.lab.context import found_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ParameterError, match="'cuda'.*doctor"):
+        found_device("cuda")
+    with pytest.raises(ParameterError, match="'gpu' is unknown; there are: auto, cpu"):
+        found_device("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert found_device("auto") == "cuda"

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'build_parser', 'main']
 
-# %% ../../nbs/lab/cli.ipynb #29dcd2f3
+# %% ../../nbs/lab/cli.ipynb #ff10ecf6
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 import ssl_kit
 from .errors import ParameterError, SslKitError
 
-# %% ../../nbs/lab/cli.ipynb #44f6a453
+# %% ../../nbs/lab/cli.ipynb #964e9a8b
 COMMANDS = {
     "list": ("ssl_kit.lab.run_commands", "stages, their parameters, and runs"),
     "run": ("ssl_kit.lab.run_commands", "run a stage and what it needs"),
@@ -29,11 +30,11 @@ COMMANDS = {
     "data": ("ssl_kit.lab.data_command", "list, fetch and verify data sets"),
     "bench": ("ssl_kit.lab.bench", "measure pieces of the kit against their peers"),
     "localize": ("ssl_kit.localize.command", "say where the sound in a recording comes from"),
-    "doctor": ("ssl_kit.lab.doctor", "is this machine ready?"),
+    "doctor": ("ssl_kit.lab.doctor", "say whether this machine is ready, and what is missing"),
 }
 _EPILOG = "example: ssl-kit run routing_study -p corpus=librispeech   (ssl-kit COMMAND --help shows more)"
 
-# %% ../../nbs/lab/cli.ipynb #e2c78653
+# %% ../../nbs/lab/cli.ipynb #6685689f
 def _chosen(argv: Sequence[str]) -> str | None:
     "The subcommand that is meant: the first word that is no option."
     return next((word for word in argv if not word.startswith("-")), None)
@@ -42,7 +43,7 @@ def _chosen(argv: Sequence[str]) -> str | None:
 def build_parser(command: str | None) -> argparse.ArgumentParser:
     "The parser, with the arguments of `command` alone: only its module is imported."
     parser = argparse.ArgumentParser("ssl-kit", description="Array audio that knows when its network fails.",
-                                     epilog=_EPILOG)
+                                     epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"ssl-kit {ssl_kit.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -55,7 +56,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
             getattr(importlib.import_module(module), f"add_{name}_arguments")(sub)
     return parser
 
-# %% ../../nbs/lab/cli.ipynb #d5f1c845
+# %% ../../nbs/lab/cli.ipynb #dafe6646
 def _run(argv: Sequence[str]) -> int:
     "Parse and carry out; errors of the kit pass through."
     from ssl_kit.lab.parameters import nearest
@@ -85,6 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"ssl-kit: {error.strerror}{where}; free some space, or write to another disk", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what waits to be printed has no place
+        return 2
 
 # %% ../../nbs/lab/cli.ipynb #188464bd
 #| eval: false

@@ -27,10 +27,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(sorted(known)) or 'none'}"
 
-# %% ../../nbs/lab/parameters.ipynb #218407ee
+# %% ../../nbs/lab/parameters.ipynb #28369c96
 @dataclass(frozen=True)
 class Parameter:
-    "A declared parameter: `kind` is int, float, str or bool; `many` for a list of them; `optional` allows None."
+    """A declared parameter.
+
+    `kind` is int, float, str or bool; `many` for a list of them; `optional` allows None; `choices` are all the values
+    there are, when they can be counted."""
 
     name: str
     kind: str
@@ -38,6 +41,7 @@ class Parameter:
     help: str = ""
     many: bool = False
     optional: bool = False
+    choices: tuple = ()
 
     @property
     def type_text(self) -> str:
@@ -56,6 +60,9 @@ class Parameter:
             value = float(value)
         if type(value) is not kind or (kind is float and not math.isfinite(value)):
             raise self._refuse(value, source)
+        if self.choices and value not in self.choices:
+            raise ParameterError(f"{source}: parameter {self.name!r} knows no {value!r}; "
+                                 f"{nearest(str(value), map(str, self.choices))}")
         return value
 
     def check(self, value: Any, source: str = "parameters") -> Any:
@@ -84,7 +91,7 @@ class Parameter:
         inner = text.strip().removeprefix("[").removesuffix("]").strip()
         return [self._parse_one(item.strip().strip("'\""), source) for item in inner.split(",")] if inner else []
 
-# %% ../../nbs/lab/parameters.ipynb #59b874f6
+# %% ../../nbs/lab/parameters.ipynb #293c25ad
 def _comments(source: str) -> dict[int, str]:
     "The comment on each line of a cell."
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
@@ -102,7 +109,7 @@ def _annotation(node: ast.expr) -> tuple[str, bool, bool] | None:
         node = node.slice
     return (node.id, many, optional) if isinstance(node, ast.Name) and node.id in _KINDS else None
 
-# %% ../../nbs/lab/parameters.ipynb #10c9b4b3
+# %% ../../nbs/lab/parameters.ipynb #7176c5d6
 def parse_parameters(source: str, where: str) -> dict[str, Parameter]:
     "The parameters that a cell declares, in order; `where` names the notebook in errors. Nothing is executed."
     try:
@@ -131,7 +138,7 @@ def parse_parameters(source: str, where: str) -> dict[str, Parameter]:
         found[name] = Parameter(name, kind[0], default, parameter.help, kind[1], kind[2])
     return found
 
-# %% ../../nbs/lab/parameters.ipynb #5661922c
+# %% ../../nbs/lab/parameters.ipynb #5e1e8b3c
 def check_known(names: Iterable[str], declared: Mapping[str, Parameter], source: str) -> None:
     "ParameterError, with the nearest valid name, for a name that isn't declared."
     for name in names:

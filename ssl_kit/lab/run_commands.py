@@ -6,13 +6,13 @@
 __all__ = ['add_list_arguments', 'run_list', 'add_run_arguments', 'run_run', 'add_study_arguments', 'run_study',
            'add_show_arguments', 'run_show', 'differences', 'compare_runs', 'add_compare_arguments', 'run_compare']
 
-# %% ../../nbs/lab/run_commands.ipynb #a11a8495
+# %% ../../nbs/lab/run_commands.ipynb #b3c2d0fd
 import argparse
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from .context import runs_folder
+from .context import DEVICES, found_device, runs_folder
 from .files import to_plain
 from .index import indexed_runs
 from .runs import Planned, Run, find_run, plan
@@ -34,7 +34,7 @@ def _typed(value: Any) -> str:
         return ",".join(map(_typed, value))
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
-# %% ../../nbs/lab/run_commands.ipynb #51d9bf41
+# %% ../../nbs/lab/run_commands.ipynb #3307e8f9
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of `ssl-kit list`."
     parser.add_argument("stage", nargs="?", help="show the parameters and runs of this stage")
@@ -47,7 +47,8 @@ def add_list_arguments(parser: argparse.ArgumentParser) -> None:
 def _stage_json(stage) -> dict:
     return {"name": stage.name, "title": stage.title, "track": stage.track, "needs": stage.needs,
             "notebook": str(stage.path), "profiles": stage.profiles,
-            "parameters": [{"name": p.name, "type": p.type_text, "default": p.default, "help": p.help}
+            "parameters": [{"name": p.name, "type": p.type_text, "default": p.default, "help": p.help,
+                            "choices": list(p.choices)}
                            for p in stage.parameters.values()]}
 
 
@@ -77,15 +78,26 @@ def run_list(args: argparse.Namespace) -> int:
             print(f"({len(runs) - len(shown)} older ones: ssl-kit list --all)")
     return 0
 
-# %% ../../nbs/lab/run_commands.ipynb #e6ecbb93
+# %% ../../nbs/lab/run_commands.ipynb #0c12fe4e
+def _seconds(text: str) -> float:
+    "A positive number, for argparse."
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, found {text!r}")
+    return seconds
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     "Options that `run` and `study` share."
     parser.add_argument("-p", "--parameter", action="append", default=[], metavar="KEY=VALUE",
                         help="set a parameter, here and in every needed stage that has one of this name; "
                              "STAGE.KEY=VALUE sets it in one stage; lists as a,b")
     parser.add_argument("--profile", default="quick", choices=PROFILES, help="ci: seconds; quick: minutes; full: a GPU")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    parser.add_argument("--time-limit", type=float, metavar="S", help="stop cleanly before this many seconds are over")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="auto: the best there is")
+    parser.add_argument("--time-limit", type=_seconds, metavar="S", help="stop cleanly before this many seconds are over")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and what would be reused")
     parser.add_argument("--json", action="store_true", help="print the runs as JSON")
 
@@ -108,7 +120,7 @@ def _outcome_json(outcome: Outcome) -> dict:
     return {"stage": run.stage, "run_id": run.run_id, "folder": str(run.folder), "state": run.status["state"],
             "reused": outcome.reused, "seconds": round(outcome.seconds, 3), "metrics": run.metrics}
 
-# %% ../../nbs/lab/run_commands.ipynb #89623a73
+# %% ../../nbs/lab/run_commands.ipynb #652dcecd
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of `ssl-kit run`."
     parser.add_argument("stage", help="the stage to run; what it needs runs before it, or is reused")
@@ -121,6 +133,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_run(args: argparse.Namespace) -> int:
     "Run a stage and what it needs, and print its results."
+    found_device(args.device)
     planned = plan(list_stages(), args.profile, args.parameter, args.stage)
     force = [args.stage] if args.force else []
     if args.dry_run:
@@ -134,7 +147,7 @@ def run_run(args: argparse.Namespace) -> int:
         print(f"\n{run.folder}")
     return 0
 
-# %% ../../nbs/lab/run_commands.ipynb #1d64bdc1
+# %% ../../nbs/lab/run_commands.ipynb #b0faee76
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of `ssl-kit study`."
     _add_common(parser)
@@ -147,6 +160,7 @@ def run_study(args: argparse.Namespace) -> int:
     from ssl_kit.lab.figures_command import export_figures, figures_folder
     from ssl_kit.lab.report import build_report
 
+    found_device(args.device)
     planned = plan(list_stages(), args.profile, args.parameter)
     force = list(planned) if args.force else []
     if args.dry_run:

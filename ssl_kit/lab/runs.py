@@ -121,7 +121,7 @@ def assign(pairs: Iterable[str], stages: Mapping[str, Stage], target: str | None
                 given[name][key] = stages[name].parameters[key].parse(text, f"-p, stage {name}")
     return given
 
-# %% ../../nbs/lab/runs.ipynb #ae9043ad
+# %% ../../nbs/lab/runs.ipynb #da8817a3
 @dataclass(frozen=True)
 class Planned:
     "A run that is to be: everything is known of it but its results."
@@ -146,12 +146,23 @@ def _data_of(stage: Stage, values: Mapping[str, Any]) -> dict:
 
     folders = stage.data_folders(values)
     found = data_fingerprint(data_root(), folders) if folders else {}
-    if stage.optional_data:
-        try:
-            found |= data_fingerprint(data_root(), [name for name in stage.optional_data
-                                                    if (data_root() / name).is_dir()])
-        except MissingDataError:
-            return found  # without a data root the stage does without, and is another run than the one with it
+    root = data_root(required=False) if stage.optional_data else None
+    if root is not None:  # with these data a stage's run is another one than without
+        found |= data_fingerprint(root, [name for name in stage.optional_data if (root / name).is_dir()])
+    return found
+
+
+def _paths_of(stage: Stage, values: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    "Parameter -> (absolute path, hash of what is there) for the files and folders of the user's that a run uses."
+    found = {}
+    for name in stage.paths:
+        if values[name]:
+            path = Path(values[name]).expanduser().resolve()
+            if not path.exists():
+                raise MissingDataError(f"-p {name}={values[name]}: expected a file or folder, found none at {path}")
+            files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            listing = [(p.relative_to(path).as_posix(), sha256_file(p)) for p in files]
+            found[name] = str(path), sha256_json(listing)
     return found
 
 
@@ -166,16 +177,18 @@ def plan(stages: Mapping[str, Stage], profile: str = "quick", pairs: Sequence[st
     given, planned = assign(pairs, chosen, target), {}
     for name, stage in chosen.items():
         values, code = stage.resolve(profile, given[name]), code_digests(stage.source)
-        data = _data_of(stage, values)
+        data, paths = _data_of(stage, values), _paths_of(stage, values)
         upstream = {need: planned[need].folder for need in stage.needs}
-        identity = {"format": RUN_FORMAT, "stage": name, "code": code, "parameters": values,
+        identity = {"format": RUN_FORMAT, "stage": name, "code": code,
+                    "parameters": values | {key: digest for key, (_, digest) in paths.items()},
                     "data": {folder: found["sha256"] for folder, found in data.items()},
                     "upstream": {need: folder.name for need, folder in upstream.items()}}
         run_id = sha256_json(identity)[:12]
+        values |= {key: path for key, (path, _) in paths.items()}  # the kernel works in another folder
         planned[name] = Planned(stage, run_id, runs / name / run_id, profile, values, upstream, code, data)
     return planned
 
-# %% ../../nbs/lab/runs.ipynb #0df8c534
+# %% ../../nbs/lab/runs.ipynb #a7ed1d4f
 def _clear(folder: Path, keep: Iterable[str]) -> None:
     "Remove what an earlier attempt left in a run folder; the locks stay, they are held."
     import shutil
@@ -191,9 +204,14 @@ def _clear(folder: Path, keep: Iterable[str]) -> None:
 
 def _sub_environment() -> dict[str, str]:
     "Folders that the kernel, which works in its run folder, can't know by a relative name."
+    from ssl_kit.lab.dataroot import data_root
+
     names = {"SSL_KIT_RUNS": runs_folder(), "SSL_KIT_STAGES": stages_folder()}
-    if os.environ.get("SSL_KIT_DATA"):
-        names["SSL_KIT_DATA"] = Path(os.environ["SSL_KIT_DATA"]).expanduser().resolve()
+    for name in ("SSL_KIT_DATA", "SSL_KIT_CACHE", "SSL_KIT_MANIFESTS"):
+        if os.environ.get(name):
+            names[name] = Path(os.environ[name]).expanduser().resolve()
+    if "SSL_KIT_DATA" not in names and (root := data_root(required=False)) is not None:
+        names["SSL_KIT_DATA"] = root  # the ssl_kit.toml that names it may stand where the kernel doesn't look
     return {key: str(path) for key, path in names.items()}
 
 

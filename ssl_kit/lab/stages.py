@@ -6,11 +6,11 @@
 __all__ = ['PROFILES', 'Stage', 'read_stage', 'stages_folder', 'list_stages', 'find_stage', 'in_order', 'with_needs',
            'StageContext', 'stage_context']
 
-# %% ../../nbs/lab/stages.ipynb #a8611692
+# %% ../../nbs/lab/stages.ipynb #da8ae20e
 import ast
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .provenance import package_folder
 
 _all_ = ["StageContext", "stage_context"]  # stage notebooks import these from here
 
-# %% ../../nbs/lab/stages.ipynb #66ec9361
+# %% ../../nbs/lab/stages.ipynb #0b72169f
 PROFILES = ("ci", "quick", "full")
 
 
@@ -41,6 +41,7 @@ class Stage:
     optional_data: tuple[str, ...]
     seconds: Mapping[str, float]
     source: str
+    paths: tuple[str, ...] = ()
 
     def resolve(self, profile: str = "quick", given: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "All parameters: defaults, overridden by the profile, overridden by what the user gave."
@@ -86,9 +87,9 @@ def _python(source: str) -> str:
     return "\n".join(f"{line[:len(line) - len(line.lstrip())]}{line.strip()!r}" if line.lstrip()[:1] in ("%", "!")
                      else line for line in source.splitlines())
 
-# %% ../../nbs/lab/stages.ipynb #0fcefbbb
+# %% ../../nbs/lab/stages.ipynb #1d681221
 _STAGE_KEYS = {"title": str, "track": str, "needs": (list, tuple), "data": (dict, list, tuple),
-               "optional_data": (list, tuple), "seconds": dict}
+               "optional_data": (list, tuple), "choices": dict, "paths": (list, tuple), "seconds": dict}
 
 
 def _declaration(source: str, where: str) -> dict:
@@ -102,6 +103,14 @@ def _declaration(source: str, where: str) -> dict:
     if "title" not in declared:
         raise ParameterError(f"{where}: STAGE has no title")
     return declared
+
+
+def _with_choices(parameters: dict[str, Parameter], choices: Mapping[str, Any], where: str) -> dict[str, Parameter]:
+    "Parameters that know what they may be; their defaults are checked against it."
+    for name, values in choices.items():
+        parameters = parameters | {name: replace(parameters[name], choices=tuple(values))}
+        parameters[name].check(parameters[name].default, f"{where}, default")
+    return parameters
 
 
 def read_stage(path: str | os.PathLike) -> Stage:
@@ -118,13 +127,19 @@ def read_stage(path: str | os.PathLike) -> Stage:
     for condition in filter(None, data):
         if condition.partition("=")[0] not in parameters:
             raise ParameterError(f"{where}: STAGE['data'] has the condition {condition!r}, which names no parameter")
+    for key in ("choices", "paths"):
+        for name in declared.get(key, ()):
+            if name not in parameters:
+                raise ParameterError(f"{where}: STAGE[{key!r}] names {name!r}, which is no parameter; "
+                                     f"{nearest(name, parameters)}")
+    parameters = _with_choices(parameters, declared.get("choices", {}), where)
     skipped = {"stage", "parameters", "profiles"}
     source = "\n".join(_python("".join(cell["source"])) for cell in cells
                        if not skipped & set(cell["metadata"].get("tags", [])))
     stage = Stage(path.stem, path, declared["title"], declared.get("track", ""), tuple(declared.get("needs", ())),
                   parameters, profiles, {key: tuple(value) for key, value in data.items()},
-                  tuple(declared.get("optional_data", ())),
-                  declared.get("seconds", {}), source)
+                  tuple(declared.get("optional_data", ())), declared.get("seconds", {}), source,
+                  tuple(declared.get("paths", ())))
     for profile in profiles:
         stage.resolve(profile)
     return stage

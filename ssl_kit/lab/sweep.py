@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['grid_points', 'run_point', 'run_points', 'sweep_rows', 'over_seeds', 'add_sweep_arguments', 'run_sweep']
 
-# %% ../../nbs/lab/sweep.ipynb #3e7147ee
+# %% ../../nbs/lab/sweep.ipynb #2e89dd0d
 import argparse
 import itertools
 import json
@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .context import runs_folder
+from .context import DEVICES, found_device, runs_folder
+from .dataroot import data_root
 from .errors import MissingDataError, ParameterError, SslKitError
 from .files import write_text
 from .progress import progress
@@ -43,12 +44,15 @@ def grid_points(grid: Iterable[str], seeds: int | None, stage: Stage) -> list[li
         raise ParameterError("sweep: expected --grid key=a,b or --seeds N, found neither")
     return [list(point) for point in itertools.product(*axes)]
 
-# %% ../../nbs/lab/sweep.ipynb #82cc190c
-def run_point(stage: str, profile: str, pairs: Sequence[str], device: str, stages_dir: str, runs_dir: str) -> dict:
+# %% ../../nbs/lab/sweep.ipynb #d1ca8381
+def run_point(stage: str, profile: str, pairs: Sequence[str], device: str, stages_dir: str, runs_dir: str,
+              data_dir: str | None = None) -> dict:
     "Run one point of a sweep; returns {folder, state, error}. A failure is a row of the table, not the end."
     import os
 
     os.environ |= {"SSL_KIT_STAGES": stages_dir, "SSL_KIT_RUNS": runs_dir}
+    if data_dir is not None:
+        os.environ["SSL_KIT_DATA"] = data_dir
     planned = plan(list_stages(stages_dir), profile, pairs, stage, Path(runs_dir))
     try:
         for each in planned.values():
@@ -83,7 +87,8 @@ def _executor(jobs: int, scheduler: str | None) -> Iterable[Executor]:
 def run_points(stage: str, profile: str, points: Sequence[Sequence[str]], device: str = "auto", jobs: int = 1,
                scheduler: str | None = None) -> list[dict]:
     "Run all points; the results in the order of the points."
-    common = (device, str(stages_folder()), str(runs_folder()))
+    data = data_root(required=False)
+    common = (device, str(stages_folder()), str(runs_folder()), str(data) if data else None)
     results: list[dict] = [{}] * len(points)
     with progress(total=len(points), label=f"sweep {stage}", unit="run") as bar:
         if jobs == 1 and scheduler is None:
@@ -134,7 +139,7 @@ def _table(rows: Sequence[Mapping], columns: Sequence[str], cell: Callable[[Mapp
                         *(cell(row["headline"], label) for label in labels)] for row in rows],
                       [*names, *columns, *labels])
 
-# %% ../../nbs/lab/sweep.ipynb #372511df
+# %% ../../nbs/lab/sweep.ipynb #7638b97d
 def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of `ssl-kit sweep`."
     parser.add_argument("stage", help="the stage to run")
@@ -143,13 +148,13 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 … N-1")
     parser.add_argument("-p", "--parameter", action="append", default=[], metavar="KEY=VALUE",
                         help="a parameter that all points share")
-    parser.add_argument("--profile", default="quick", choices=PROFILES)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--profile", default="quick", choices=PROFILES, help="ci: seconds; quick: minutes; full: a GPU")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="auto: the best there is")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time")
     parser.add_argument("--scheduler", metavar="TCP://…", help="address of a Dask scheduler, instead of --jobs")
     parser.add_argument("--output", metavar="FILE.csv", help="write the table there as well")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
-    parser.epilog = "example: ssl-kit sweep routing_study --grid routing_rate=0.1,0.2,0.3 --seeds 5 --jobs 2"
+    parser.epilog = "example: ssl-kit sweep routing_study --grid failure_deg=10,20,30 --seeds 5 --jobs 2"
 
 
 def _csv(rows: Sequence[Mapping]) -> str:
@@ -169,6 +174,8 @@ def run_sweep(args: argparse.Namespace) -> int:
     "Run the sweep and print its table; 1 when a point failed."
     if args.jobs < 1:
         raise ParameterError(f"--jobs: expected at least 1, found {args.jobs}")
+    if args.scheduler is None:
+        found_device(args.device)
     stages = list_stages()
     chosen = with_needs(args.stage, stages)
     points = [[*args.parameter, *point] for point in grid_points(args.grid, args.seeds, chosen[args.stage])]
