@@ -39,7 +39,7 @@ def intervals_draw_by_draw(result: StudyResult, methods: list[str], n_draws: int
             drawn[name].append(value)
     return {name: np.array(value) for name, value in drawn.items()}
 
-# %% ../../nbs/routing/bench.ipynb #caf00534
+# %% ../../nbs/routing/bench.ipynb #3502ab83
 def bench_routing(quick: bool = False, target_s: float = 30.0) -> BenchResult:
     """Seconds of a whole study from banks in memory: 2,009 recordings, 20 frames, 256 features, 360 logits, half
     precision, every detector, five thresholds, 1,000 draws over rooms. quick: 500 recordings and 200 draws.
@@ -47,13 +47,14 @@ def bench_routing(quick: bool = False, target_s: float = 30.0) -> BenchResult:
     n, n_draws = (500, 200) if quick else (2009, 1000)
     banks = synthetic_study(n=n, n_frames=20, n_features=256, n_rooms=60)
     evaluate_study(*synthetic_study(n=80, n_frames=2), n_draws=5)  # warm-up: imports
-    seconds = []
+    seconds, cpu_s = [], []
     for _ in range(1 if quick else 3):
         for bank in (banks[0], banks[2]):
             bank.forget()  # what an earlier round left in the cache would make the next one look better
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         result = evaluate_study(*banks, n_draws=n_draws)
         seconds.append(time.perf_counter() - start)
+        cpu_s.append(time.process_time() - cpu_start)
     some, few = ["max_prob", "entropy"], 10 if quick else 20
     start = time.perf_counter()
     loop = intervals_draw_by_draw(result, some, few)
@@ -63,7 +64,7 @@ def bench_routing(quick: bool = False, target_s: float = 30.0) -> BenchResult:
                    f"scikit-learn and numpy draw by draw, intervals alone, scaled from {few} draws of {len(some)} methods",
                    peer_s, target_s, target_of="value",
                    detail={"recordings": n, "draws": n_draws, "methods": len(result.methods),
-                           "systems": len(result.hybrid), "rounds_s": seconds, "largest_difference": gap})
+                           "systems": len(result.hybrid), "rounds_s": seconds, "cpu_s": cpu_s, "largest_difference": gap})
 
 
 def _largest_gap(result: StudyResult, methods: list[str], loop: dict[str, np.ndarray]) -> float:
