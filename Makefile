@@ -28,6 +28,11 @@ OTHER := $(if $(PYTHON_GIVEN),$(shell \
 READY := $(if $(OTHER),,$(wildcard $(STAMP)))
 export PATH := $(BIN):$(PATH)
 
+# Notebooks, kernels and tests work in folders of their own: the data folder must not depend on where one stands.
+ifneq ($(SSL_KIT_DATA),)
+export SSL_KIT_DATA := $(shell cd "$(SSL_KIT_DATA)" 2>/dev/null && pwd || echo "$(SSL_KIT_DATA)")
+endif
+
 # Tests run beside one another: one thread each, or the cores are sold twice.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 QUIET := MPLBACKEND=Agg PYDEVD_DISABLE_FILE_VALIDATION=1 PIP_DISABLE_PIP_VERSION_CHECK=1

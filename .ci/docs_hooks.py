@@ -49,7 +49,8 @@ def reading_copy(path):
         if cell["cell_type"] == "code":
             source = re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE).strip()
         else:
-            source = re.sub(r"\]\(\.\./(?=figures/|C[A-Z]+\.)", "](", source)
+            source = re.sub(r"\]\(\.\./(?:nbs/)?(?=figures/|C[A-Z]+\.|[a-z_/]+\.ipynb)", "](", source)
+            source = re.sub(r"(\]\([\w/]+)\.(?:md|ipynb)(?=[)#])", r"\1.html", source)  # as the pages are called
         if source:
             cells.append({**cell, "source": source})
     return json.dumps({**notebook, "cells": cells})
@@ -57,7 +58,7 @@ def reading_copy(path):
 
 def on_config(config):
     docs = Path(tempfile.mkdtemp(prefix="ssl_kit_docs_"))
-    nav = [{"Start": "index.ipynb"}]
+    nav = [{"Start": "index.ipynb"}, {"Conventions": "conventions.ipynb"}]
     for folder, title in {"": "", **TRACKS}.items():
         for path in pages_of(folder):
             target = docs / folder / path.name
