@@ -162,3 +162,29 @@ def test_package_does_not_load_what_it_does_not_need():
             "print({'nbdev', 'fastcore', 'torch', 'pandas', 'matplotlib', 'librosa'} & set(sys.modules))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_site_shows_every_notebook_and_its_links_lead_to_pages():
+    pytest.importorskip("latex2mathml")
+    import importlib.util
+    import shutil
+    from types import SimpleNamespace
+
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / ".ci" / "docs_hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    config = hooks.on_config(SimpleNamespace())
+    docs = Path(config.docs_dir)
+    try:
+        shown = set(re.findall(r"[\w/]+\.ipynb", json.dumps(config.nav)))
+        assert shown == {path.relative_to(ROOT / "nbs").as_posix() for path in NOTEBOOKS}
+        for page in docs.rglob("*.ipynb"):
+            cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+            text = "\n".join(c["source"] for c in cells if c["cell_type"] == "markdown")
+            for target in re.findall(r"\]\(([^)#]+)\)", text):
+                if not target.startswith(("http", "figures/")):
+                    found = [page.parent / target] + [(page.parent / target).with_suffix(s) for s in (".md", ".ipynb")]
+                    assert any(path.is_file() for path in found), f"{page.name}: {target}"
+                    assert not target.endswith((".md", ".ipynb")), f"{page.name}: {target} is not what the page is called"
+    finally:
+        shutil.rmtree(docs)

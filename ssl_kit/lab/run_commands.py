@@ -78,7 +78,7 @@ def run_list(args: argparse.Namespace) -> int:
             print(f"({len(runs) - len(shown)} older ones: ssl-kit list --all)")
     return 0
 
-# %% ../../nbs/lab/run_commands.ipynb #0c12fe4e
+# %% ../../nbs/lab/run_commands.ipynb #77106376
 def _seconds(text: str) -> float:
     "A positive number, for argparse."
     try:
@@ -97,7 +97,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
                              "STAGE.KEY=VALUE sets it in one stage; lists as a,b")
     parser.add_argument("--profile", default="quick", choices=PROFILES, help="ci: seconds; quick: minutes; full: a GPU")
     parser.add_argument("--device", default="auto", choices=DEVICES, help="auto: the best there is")
-    parser.add_argument("--time-limit", type=_seconds, metavar="S", help="stop cleanly before this many seconds are over")
+    parser.add_argument("--time-limit", type=_seconds, metavar="S",
+                        help="stop cleanly before this many seconds are over")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and what would be reused")
     parser.add_argument("--json", action="store_true", help="print the runs as JSON")
 
