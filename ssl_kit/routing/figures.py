@@ -23,13 +23,13 @@ from .policies import routing_curve
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/routing/figures.ipynb #1bffd1c1
+# %% ../../nbs/routing/figures.ipynb #64e71aa2
 LABELS = {"max_prob": "MaxProb", "max_logit": "MaxLogit", "entropy": "Entropy", "margin": "Margin", "energy": "Energy",
           "temperature": "Temperature", "variance": "Variance", "sharpness": "Sharpness",
           "concentration": "Concentration", "pooled_max_prob": "MaxProb, pooled", "pooled_entropy": "Entropy, pooled",
           "mahalanobis": "Mahalanobis", "knn": "KNN", "vim": "ViM", "residual": "Residual", "she": "SHE",
           "gradnorm": "GradNorm", "physics": "Physics check", "likelihood_ratio": "Likelihood ratio",
-          "disagreement": "Disagreement", "stack": "Stack", "srp": "SRP-PHAT"}
+          "disagreement": "Disagreement", "defer": "Learning to defer", "stack": "Stack", "srp": "SRP-PHAT"}
 
 
 def label_of(method: str) -> str:
