@@ -185,6 +185,6 @@ def test_the_site_shows_every_notebook_and_its_links_lead_to_pages():
                 if not target.startswith(("http", "figures/")):
                     found = [page.parent / target] + [(page.parent / target).with_suffix(s) for s in (".md", ".ipynb")]
                     assert any(path.is_file() for path in found), f"{page.name}: {target}"
-                    assert not target.endswith((".md", ".ipynb")), f"{page.name}: {target} is not what the page is called"
+                    assert not target.endswith((".md", ".ipynb")), f"{page.name}: the page of {target} is .html"
     finally:
         shutil.rmtree(docs)

@@ -34,7 +34,7 @@ def _typed(value: Any) -> str:
         return ",".join(map(_typed, value))
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
-# %% ../../nbs/lab/run_commands.ipynb #3307e8f9
+# %% ../../nbs/lab/run_commands.ipynb #05343fb0
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of `ssl-kit list`."
     parser.add_argument("stage", nargs="?", help="show the parameters and runs of this stage")
@@ -73,7 +73,7 @@ def run_list(args: argparse.Namespace) -> int:
         print("\n" + text_table([[row["stage"], row["run_id"], row["state"], row["profile"] or "",
                                   (row["started"] or "")[:19].replace("T", " "),
                                   _shorten("; ".join(f"{h['label']} {format_headline(h)}" for h in row["headline"]))]
-                                 for row in shown], ("stage", "run", "state", "profile", "started", "result")))
+                                 for row in shown], ("stage", "run", "state", "profile", "started (UTC)", "result")))
         if len(shown) < len(runs):
             print(f"({len(runs) - len(shown)} older ones: ssl-kit list --all)")
     return 0
@@ -181,7 +181,14 @@ def run_study(args: argparse.Namespace) -> int:
     print(f"\nreport: {report}" if report else "\nno stages: nothing to report")
     return 0
 
-# %% ../../nbs/lab/run_commands.ipynb #cfddf050
+# %% ../../nbs/lab/run_commands.ipynb #e79c4f29
+def _data_text(found: Any) -> str:
+    "A fingerprint of data in a line: that of a folder of the data root, or the hash that a stage noted."
+    if not isinstance(found, Mapping):
+        return str(found)[:16]
+    return f"{found['files']} files, {found['bytes'] / 1e6:.1f} MB, {found['sha256'][:16]}"
+
+
 def add_show_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of `ssl-kit show`."
     parser.add_argument("run", help="id of a run or its beginning, or a stage for its newest run")
@@ -207,7 +214,7 @@ def run_show(args: argparse.Namespace) -> int:
              ("device", made.get("device")), ("started", made.get("started")), ("wall time", f"{made.get('wall_s')} s"),
              ("peak memory", f"{made.get('peak_memory_mb')} MB"),
              *((f"built on {name}", run_id) for name, run_id in made.get("upstream", {}).items()),
-             *((f"data {name}", str(found)) for name, found in made.get("data", {}).items()),
+             *((f"data {name}", _data_text(found)) for name, found in made.get("data", {}).items()),
              *((f"checkpoint {name}", digest[:16]) for name, digest in made.get("checkpoints", {}).items())]
     if made:
         print("\n" + text_table([[name, str(value)] for name, value in facts], ("provenance", "")))

@@ -188,7 +188,7 @@ def plan(stages: Mapping[str, Stage], profile: str = "quick", pairs: Sequence[st
         planned[name] = Planned(stage, run_id, runs / name / run_id, profile, values, upstream, code, data)
     return planned
 
-# %% ../../nbs/lab/runs.ipynb #a7ed1d4f
+# %% ../../nbs/lab/runs.ipynb #70ca95e9
 def _clear(folder: Path, keep: Iterable[str]) -> None:
     "Remove what an earlier attempt left in a run folder; the locks stay, they are held."
     import shutil
@@ -215,20 +215,20 @@ def _sub_environment() -> dict[str, str]:
     return {key: str(path) for key, path in names.items()}
 
 
-def _provenance(planned: Planned, device: str, started: str, wall_s: float, peak_bytes: int) -> dict:
-    "Everything that made the run, for provenance.json."
+def _provenance(planned: Planned, started: str, wall_s: float, peak_bytes: int) -> dict:
+    "Everything that made the run, for provenance.json; a stage that never asks for a device works on the CPU."
     notes_path = planned.folder / "notes.json"
     notes = read_json(notes_path) if notes_path.exists() else {}
     return {"stage": planned.stage.name, "title": planned.stage.title, "track": planned.stage.track,
             "run_id": planned.run_id, "profile": planned.profile, "seed": planned.values.get("seed"),
-            "device": notes.get("device", device), "code": code_version() | {"digests": dict(planned.code)},
+            "device": notes.get("device", "cpu"), "code": code_version() | {"digests": dict(planned.code)},
             "notebook_sha256": sha256_file(planned.stage.path),
             "upstream": {name: folder.name for name, folder in planned.upstream.items()},
             "data": {**planned.data, **notes.get("data", {})}, "checkpoints": notes.get("checkpoints", {}),
             "environment": environment(), "started": started, "finished": utc_now(), "wall_s": round(wall_s, 3),
             "peak_memory_mb": round(peak_bytes / 2**20, 1)}
 
-# %% ../../nbs/lab/runs.ipynb #88743b54
+# %% ../../nbs/lab/runs.ipynb #6da62009
 def _attempt(planned: Planned, device: str, deadline: float | None) -> None:
     "Execute a planned run in its folder, whose lock is held; record what came of it."
     folder, started, clock = planned.folder, utc_now(), time.monotonic()
@@ -259,7 +259,7 @@ def _attempt(planned: Planned, device: str, deadline: float | None) -> None:
     wall_s = time.monotonic() - clock
     if not (folder / "metrics.json").exists():
         write_json(folder / "metrics.json", {})
-    write_json(folder / "provenance.json", _provenance(planned, device, started, wall_s, peak_bytes))
+    write_json(folder / "provenance.json", _provenance(planned, started, wall_s, peak_bytes))
     state, error = failure or ("finished", None)
     write_json(folder / "status.json", status | {"state": state, "finished": utc_now(), "wall_s": round(wall_s, 3),
                                                  "error": str(error) if error else None})
