@@ -121,7 +121,7 @@ def assign(pairs: Iterable[str], stages: Mapping[str, Stage], target: str | None
                 given[name][key] = stages[name].parameters[key].parse(text, f"-p, stage {name}")
     return given
 
-# %% ../../nbs/lab/runs.ipynb #da8817a3
+# %% ../../nbs/lab/runs.ipynb #8db43ab0
 @dataclass(frozen=True)
 class Planned:
     "A run that is to be: everything is known of it but its results."
@@ -139,7 +139,7 @@ class Planned:
     def run(self) -> Run:
         return Run(self.folder)
 
-
+# %% ../../nbs/lab/runs.ipynb #ff9105dd
 def _data_of(stage: Stage, values: Mapping[str, Any]) -> dict:
     "Fingerprint of the data folders that the stage depends on."
     from ssl_kit.lab.dataroot import data_root
@@ -165,7 +165,7 @@ def _paths_of(stage: Stage, values: Mapping[str, Any]) -> dict[str, tuple[str, s
             found[name] = str(path), sha256_json(listing)
     return found
 
-
+# %% ../../nbs/lab/runs.ipynb #0e7f2886
 def plan(stages: Mapping[str, Stage], profile: str = "quick", pairs: Sequence[str] = (), target: str | None = None,
          runs: Path | None = None) -> dict[str, Planned]:
     """What running `target` and all it needs (or all `stages`) means: a run for each stage, in order.
@@ -188,7 +188,7 @@ def plan(stages: Mapping[str, Stage], profile: str = "quick", pairs: Sequence[st
         planned[name] = Planned(stage, run_id, runs / name / run_id, profile, values, upstream, code, data)
     return planned
 
-# %% ../../nbs/lab/runs.ipynb #70ca95e9
+# %% ../../nbs/lab/runs.ipynb #25ce3b53
 def _clear(folder: Path, keep: Iterable[str]) -> None:
     "Remove what an earlier attempt left in a run folder; the locks stay, they are held."
     import shutil
@@ -228,7 +228,7 @@ def _provenance(planned: Planned, started: str, wall_s: float, peak_bytes: int) 
             "environment": environment(), "started": started, "finished": utc_now(), "wall_s": round(wall_s, 3),
             "peak_memory_mb": round(peak_bytes / 2**20, 1)}
 
-# %% ../../nbs/lab/runs.ipynb #6da62009
+# %% ../../nbs/lab/runs.ipynb #05fc77b7
 def _attempt(planned: Planned, device: str, deadline: float | None) -> None:
     "Execute a planned run in its folder, whose lock is held; record what came of it."
     folder, started, clock = planned.folder, utc_now(), time.monotonic()
