@@ -140,7 +140,7 @@ def _reach_m(dimensions, centre, margin_m: float, azimuth_deg):
     room_for = np.where(step > 0, dimensions[:2] - margin_m - centre[:2], centre[:2] - margin_m)
     return (room_for / np.maximum(np.abs(step), 1e-9)).min(axis=-1)
 
-# %% ../../nbs/arrays/rooms.ipynb #34f21bdc
+# %% ../../nbs/arrays/rooms.ipynb #fba5c6d2
 def sample_scene(config: SceneConfig, seed: int, index: int, split: str = "train") -> Scene:
     "Draw recording `index` of a split; the same for the same (config, seed, split, index) whatever else is drawn."
     room = index // config.recordings_per_room
@@ -164,13 +164,13 @@ def sample_scene(config: SceneConfig, seed: int, index: int, split: str = "train
     place = np.stack([centre[0] + radius * np.cos(angle), centre[1] + radius * np.sin(angle),
                       np.full(len(angle), height)], axis=-1)
     reach = float(_reach_m(dimensions, centre, config.wall_margin_m, noise_deg)[0])
-    away = (near + noise_far * (reach - near)) * np.array([np.cos(np.radians(noise_deg)), np.sin(np.radians(noise_deg))])
-    noise_m = (*(centre[:2] + away).tolist(), float(noise_height)) if noise_stands else None
+    away, bearing = near + noise_far * (reach - near), np.radians(noise_deg)
+    noise_m = tuple(map(float, (centre[0] + away * np.cos(bearing), centre[1] + away * np.sin(bearing), noise_height)))
     return Scene(seed, split, index, f"{split}-{seed}-{room}", tuple(dimensions.tolist()), float(t60_s),
                  tuple(centre.tolist()), float(yaw_deg), tuple(map(tuple, place.tolist())),
                  tuple(np.atleast_1d(wrap_deg(track_deg - yaw_deg)).tolist()),
                  float(np.linalg.norm(place[0] - centre)), float(snr_db), speech_draws, float(noise_draw), noise_seed,
-                 noise_m)
+                 noise_m if noise_stands else None)
 
 # %% ../../nbs/arrays/rooms.ipynb #c711a923
 @lru_cache(16)

@@ -39,7 +39,7 @@ def intervals_draw_by_draw(result: StudyResult, methods: list[str], n_draws: int
             drawn[name].append(value)
     return {name: np.array(value) for name, value in drawn.items()}
 
-# %% ../../nbs/routing/bench.ipynb #3502ab83
+# %% ../../nbs/routing/bench.ipynb #3e31e144
 def bench_routing(quick: bool = False, target_s: float = 30.0) -> BenchResult:
     """Seconds of a whole study from banks in memory: 2,009 recordings, 20 frames, 256 features, 360 logits, half
     precision, every detector, five thresholds, 1,000 draws over rooms. quick: 500 recordings and 200 draws.
@@ -61,10 +61,12 @@ def bench_routing(quick: bool = False, target_s: float = 30.0) -> BenchResult:
     peer_s = (time.perf_counter() - start) * len(result.methods) / len(some) * n_draws / few
     gap = _largest_gap(result, some, loop)
     return compare("routing", float(np.median(seconds)), "s",
-                   f"scikit-learn and numpy draw by draw, intervals alone, scaled from {few} draws of {len(some)} methods",
+                   f"scikit-learn and numpy draw by draw, intervals alone, scaled from {few} draws of "
+                   f"{len(some)} methods",
                    peer_s, target_s, target_of="value",
                    detail={"recordings": n, "draws": n_draws, "methods": len(result.methods),
-                           "systems": len(result.hybrid), "rounds_s": seconds, "cpu_s": cpu_s, "largest_difference": gap})
+                           "systems": len(result.hybrid), "rounds_s": seconds, "cpu_s": cpu_s,
+                            "largest_difference": gap})
 
 
 def _largest_gap(result: StudyResult, methods: list[str], loop: dict[str, np.ndarray]) -> float:

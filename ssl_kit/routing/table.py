@@ -82,7 +82,7 @@ def position_runs(truth_deg: np.ndarray) -> np.ndarray:
     changes = np.r_[True, np.abs(np.diff(truth_deg)) > 1e-9]
     return np.array([f"position_{k}" for k in np.cumsum(changes) - 1])
 
-# %% ../../nbs/routing/table.ipynb #a14e0093
+# %% ../../nbs/routing/table.ipynb #0c20cd6a
 COLUMN_SIGNS = {"max_prob": -1, "entropy": 1, "prediction_variance": -1, "peak_sharpness": -1,
                 "local_concentration": -1, "confidence": -1, "margin": -1, "energy": 1}
 
@@ -102,8 +102,8 @@ def column_detectors(table: ErrorTable, signs: Mapping[str, int] | None = None,
     names = list(table.columns if columns is None else columns)
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ParameterError(f"signs: {unknown} have none; give +1 (higher = likelier to fail) or -1, or learn_signs on "
-                             "calibration rows")
+        raise ParameterError(f"signs: {unknown} have none; give +1 (higher = likelier to fail) or -1, or learn_signs "
+                             "on calibration rows")
     return [ColumnDetector(name, known[name]) for name in names]
 
 
@@ -112,7 +112,7 @@ def failure_aurocs(table: ErrorTable, failure_deg: float = 30.0, signs: Mapping[
     return {detector.name: auroc(detector.score(table), table.abs_errors > failure_deg)
             for detector in column_detectors(table, signs)}
 
-# %% ../../nbs/routing/table.ipynb #436a7765
+# %% ../../nbs/routing/table.ipynb #e4eff11e
 @dataclass(frozen=True, eq=False)
 class JoinedTable:
     "`table` (all n recordings), rows (m,) that the fallback answered, its answers in that order, and what was refused."
@@ -155,8 +155,8 @@ def join_fallback(table: ErrorTable, path: str | os.PathLike, predicted: str = "
             kept.append(k)
             taken.add(fits[0])
     if not rows:
-        raise DataError(f"{path}: none of its {len(frame)} rows belongs to a recording of the table (index, truth within "
-                        f"{tolerance_deg}°); is it a table of the same recordings?")
+        raise DataError(f"{path}: none of its {len(frame)} rows belongs to a recording of the table (index, truth "
+                        f"within {tolerance_deg}°); is it a table of the same recordings?")
     rows, kept = np.array(rows), np.array(kept)
     unmeasured = np.zeros(len(rows))  # such a table knows neither confidence nor cost of the fallback
     fallback = FallbackTable(answer[kept], angular_error_deg(answer[kept], exact[kept]), unmeasured, unmeasured,
