@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['join_banks']
 
-# %% ../../nbs/routing/protocols.ipynb #f1fdaf6d
+# %% ../../nbs/routing/protocols.ipynb #c5c3b59c
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ import numpy as np
 from ..lab.errors import DataError
 from .bank import FallbackTable, FeatureBank
 
-# %% ../../nbs/routing/protocols.ipynb #e8c8684f
+# %% ../../nbs/routing/protocols.ipynb #02d57175
 def join_banks(banks: Sequence[FeatureBank], fallbacks: Sequence[FallbackTable]) -> tuple[FeatureBank, FallbackTable]:
     """One bank and one fallback table of several arrays that heard the same rooms; recordings are numbered anew.
 
