@@ -158,3 +158,9 @@ def test_another_array_is_refused(shipped, array):
 def test_a_clip_too_short_for_one_answer_is_refused(shipped):
     with pytest.raises(DataError, match="at least"):
         shipped(np.random.default_rng(0).standard_normal((9, 900)).astype(np.float32), named_array("6cm"), 16000)
+
+
+def test_a_training_leaves_denormal_numbers_to_others(tmp_path):
+    train_crnn(tmp_path, CRNNConfig(channels=4, hidden=16), TrainingConfig(steps=1, epoch_steps=1, precision="32-true"),
+               _stream(), report=lambda line: None)
+    assert np.float64(5e-324) / 1 > 0 and torch.tensor(1e-40) * 1 > 0

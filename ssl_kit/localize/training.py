@@ -140,7 +140,7 @@ class _State:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.history = saved["step"], saved["history"]
 
-# %% ../../nbs/localize/training.ipynb #cfb65724
+# %% ../../nbs/localize/training.ipynb #853d6f4d
 def train_crnn(
     folder,                             # last.ckpt and history.json are kept here; an earlier run in it is resumed
     model: CRNNConfig,
@@ -157,8 +157,6 @@ def train_crnn(
     Raises ParameterError when the loss is not finite, or the folder holds a training with other settings."""
     folder = Path(folder)
     torch.manual_seed(config.seed)
-    # second moments of rarely used weights decay into denormal numbers, which are ten times slower on a CPU
-    torch.set_flush_denormal(True)
     device = "cpu" if device == "auto" and not torch.cuda.is_available() else device
     fabric = Fabric(accelerator=device, devices=1, precision=choose_precision(config.precision))
     state = _State(CRNN(model).to(memory_format=torch.channels_last), config)
@@ -166,10 +164,23 @@ def train_crnn(
         state.load(folder / "last.ckpt")
     network, optimizer = fabric.setup(state.model, state.optimizer)
     state.average.to(fabric.device)
-    started, longest = time.monotonic(), 0.0
     loader = torch.utils.data.DataLoader(
         _Steps(train, model, state.step, config.steps), batch_size=None, num_workers=config.workers,
         worker_init_fn=_one_thread, prefetch_factor=3 if config.workers else None)
+    # second moments of rarely used weights decay into denormal numbers, which are ten times slower on a CPU
+    torch.set_flush_denormal(True)
+    try:
+        _epochs(fabric, network, optimizer, state, loader, folder, valid, valid_batches, time_limit_s, report)
+    finally:
+        torch.set_flush_denormal(False)  # a setting of the whole process: others count on denormal numbers
+    return state.average.cpu().eval(), state.history
+
+
+def _epochs(fabric, network, optimizer, state: _State, loader, folder: Path, valid, valid_batches, time_limit_s,
+            report) -> None:
+    "All steps of `loader`; validates, saves and looks at the clock after each epoch."
+    config = state.config
+    started, longest = time.monotonic(), 0.0
     epoch_started, losses = started, []
     for x, azimuth_deg, activity in loader:
         losses.append(_one_step(fabric, network, optimizer, state, x, azimuth_deg, activity))
@@ -186,7 +197,6 @@ def train_crnn(
         longest, epoch_started, losses = max(longest, now - epoch_started), now, []
         if time_limit_s is not None and now - started + longest > time_limit_s:
             break
-    return state.average.cpu().eval(), state.history
 
 
 def _one_step(fabric, network, optimizer, state: _State, x, azimuth_deg, activity) -> float:
