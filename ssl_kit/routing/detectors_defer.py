@@ -12,12 +12,12 @@ from ..lab.errors import DataError, ParameterError
 from .bank import ErrorTable
 from .registry import Detector, check_needs, lacks, make_detector, register
 
-# %% ../../nbs/routing/detectors_defer.ipynb #d864789a
+# %% ../../nbs/routing/detectors_defer.ipynb #90f59a44
 DEFER_BASES = ("max_prob", "entropy", "pooled_entropy", "energy", "gradnorm", "physics", "likelihood_ratio",
                "disagreement")
 
 
-@register("defer", "E[e_network − e_fallback | scores], a random forest",
+@register("defer", "E[e_network − e_fallback | scores], boosted trees",
           "learning to defer, Mozannar & Sontag 2020", ("column:fallback_error", "column:fallback_angle",
                                                         "column:fallback_confidence"), learns=True)
 class Defer(Detector):
@@ -25,7 +25,7 @@ class Defer(Detector):
 
     runs_fallback = True
 
-    def __init__(self, bases: tuple[str | Detector, ...] = DEFER_BASES, clip_deg: float = 60.0, n_trees: int = 200,
+    def __init__(self, bases: tuple[str | Detector, ...] = DEFER_BASES, clip_deg: float = 20.0, n_trees: int = 80,
                  seed: int = 0):
         self.bases, self.clip_deg, self.n_trees, self.seed = tuple(bases), clip_deg, n_trees, seed
 
@@ -37,7 +37,7 @@ class Defer(Detector):
         return np.stack([*(detector.score(table) for detector in self.detectors), confidence], axis=1)
 
     def fit(self, table: ErrorTable) -> "Defer":
-        from sklearn.ensemble import RandomForestRegressor
+        from sklearn.ensemble import HistGradientBoostingRegressor
 
         detectors = [make_detector(base) for base in self.bases]
         if learned := [detector.name for detector in detectors if detector.learns]:
@@ -48,9 +48,11 @@ class Defer(Detector):
             raise DataError(f"defer: expected scores, and recordings on which either answer is better, in calibration; "
                             f"found {len(self.detectors)} usable scores and {int((gain > 0).sum())} of {len(table)} "
                             f"on which the fallback is better")
-        self.forest = RandomForestRegressor(self.n_trees, min_samples_leaf=8, max_features=0.4, random_state=self.seed)
-        self.forest.fit(self._scores(table), np.clip(gain, -self.clip_deg, self.clip_deg))
+        self.trees = HistGradientBoostingRegressor(
+            max_iter=self.n_trees, learning_rate=0.06, max_leaf_nodes=8, min_samples_leaf=20, l2_regularization=1.0,
+            early_stopping=False, random_state=self.seed)
+        self.trees.fit(self._scores(table), np.clip(gain, -self.clip_deg, self.clip_deg))
         return self
 
     def score(self, table: ErrorTable) -> np.ndarray:
-        return self.forest.predict(self._scores(table))
+        return self.trees.predict(self._scores(table))
