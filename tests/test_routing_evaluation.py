@@ -376,3 +376,10 @@ def test_figure_faults(result):
         figures.method_comparison_figure(result, "rate_77")
     with pytest.raises(DataError, match="geometry"):
         figures.error_vs_geometry_figure(pd.DataFrame({"mae": [1.0]}))
+
+
+def test_a_stack_learns_the_failures_of_the_study_not_its_own_default():
+    calibration, calibration_fallback, test, test_fallback = synthetic_study(n=120, n_frames=2)
+    result = evaluate_study(calibration, calibration_fallback, test, test_fallback, ["stack"], failure_deg=12.0,
+                            n_draws=20)
+    assert result.methods["stack"].detector.failure_deg == 12.0

@@ -6,9 +6,10 @@
 __all__ = ['PROTOCOLS', 'MethodScores', 'score_method', 'System', 'method_systems', 'baseline_systems', 'bounds',
            'statistics_table', 'hybrid_table', 'detection_table', 'decisions_table', 'StudyResult', 'evaluate_study']
 
-# %% ../../nbs/routing/evaluation.ipynb #fc791fe3
+# %% ../../nbs/routing/evaluation.ipynb #59ccd67f
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,14 @@ from ssl_kit.routing.policies import (
     system_errors,
     true_oracle,
 )
-from .registry import Detector, available_detectors, check_needs, held_out_scores, make_detector
+from ssl_kit.routing.registry import (
+    Detector,
+    available_detectors,
+    check_needs,
+    detector_classes,
+    held_out_scores,
+    make_detector,
+)
 from .splits import assert_disjoint
 from .thresholds import DEFAULT_THRESHOLDS, CalibrationOutcomes, TargetRate
 
@@ -241,7 +249,7 @@ class StudyResult:
         return {name: write_text(Path(folder) / f"{name}.csv", frame.to_csv(index=False, float_format="%.9g"))
                 for name, frame in names.items()}
 
-# %% ../../nbs/routing/evaluation.ipynb #3aaf5299
+# %% ../../nbs/routing/evaluation.ipynb #f4758a4e
 def evaluate_study(calibration: ErrorTable, calibration_fallback: FallbackTable, test: ErrorTable,
                    test_fallback: FallbackTable, detectors: Sequence[str | Detector] | None = None,
                    thresholds: Sequence = DEFAULT_THRESHOLDS, failure_deg: float = 30.0,
@@ -260,7 +268,10 @@ def evaluate_study(calibration: ErrorTable, calibration_fallback: FallbackTable,
     if detectors is None:
         usable = set(available_detectors(calibration))
         detectors = [name for name in available_detectors(test) if name in usable]
-    made = [make_detector(detector) for detector in detectors]
+    # a detector that learns what a failure is learns the study's, not its own default
+    learned = {name for name, cls in detector_classes().items() if "failure_deg" in signature(cls).parameters}
+    made = [make_detector(detector, failure_deg=failure_deg) if detector in learned else make_detector(detector)
+            for detector in detectors]
     if len({detector.name for detector in made}) < len(made) or not made:
         raise ParameterError(f"detectors: expected at least one, each once, found {[d.name for d in made]}")
     failures = test.abs_errors > failure_deg
