@@ -253,7 +253,11 @@ def test_a_running_run_is_seen_as_running(lab):
     assert Run(folder).state == "interrupted"
 
 
-def test_ctrl_c_marks_the_run_and_passes_on(lab, monkeypatch):
+def test_ctrl_c_marks_the_run_and_passes_on(lab, monkeypatch, request):
+    # a shell that starts the tests in the background has them ignore Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     def interrupt(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
