@@ -228,7 +228,7 @@ def _early_responses(dimensions_m, absorption, sources_m, mics_m, sample_rate, s
             responses[s, m, :len(taps)] = taps
     return responses
 
-# %% ../../nbs/arrays/rooms.ipynb #c805fcc3
+# %% ../../nbs/arrays/rooms.ipynb #a1800439
 def scene_responses(scene: Scene, layout: ArrayGeometry, rows, config: SceneConfig, of: str = "speech"):
     """Impulse responses of a scene: early float32 (place, row, tap) and late float32 (row, tap), to be added.
 
@@ -262,8 +262,8 @@ def scene_responses(scene: Scene, layout: ArrayGeometry, rows, config: SceneConf
 def _full_responses(scene: Scene, mics_m, config: SceneConfig):
     "Early responses that hold everything, by image sources at full order, and a late part of zeros."
     with _one_image_thread():
-        places = [room_impulse_responses(scene.dimensions_m, scene.t60_s, place, mics_m, config.sample_rate, "ism",
-                                         speed_of_sound=config.speed_of_sound) for place in scene.source_m]
+        places = [room_impulse_responses(scene.dimensions_m, scene.t60_s, place, mics_m, config.sample_rate,
+                                         config.speed_of_sound) for place in scene.source_m]
     early = np.zeros((len(places), len(mics_m), max(p.shape[1] for p in places)), np.float32)
     for response, place in zip(early, places, strict=True):
         response[:, :place.shape[1]] = place
