@@ -107,7 +107,8 @@ def tracked_texts():
 
 
 def test_no_path_of_one_machine_is_written_down():
-    home = re.compile(r"(?<![\w./~-])(?:/home/(?!USER)\w+/|/root/|/work/|/Users/\w+/|[A-Z]:\\\\Users)")
+    here = re.escape(f"{ROOT}/")
+    home = re.compile(rf"(?<![\w./~-])(?:{here}|/home/(?!USER)\w+/|/root/|/Users/\w+/|[A-Z]:\\\\Users)")
     found = [f"{name}: {match[0]}" for name, text in tracked_texts() if name != "tests/test_repository.py"
              for match in [home.search(text)] if match]
     assert not found
