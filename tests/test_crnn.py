@@ -94,6 +94,15 @@ def test_a_training_that_was_stopped_ends_with_the_losses_of_one_that_was_not(tm
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+def test_a_training_does_not_go_on_with_other_mixtures(tmp_path):
+    model, plan = CRNNConfig(channels=4, hidden=16), TrainingConfig(steps=2, epoch_steps=1, precision="32-true")
+    train_crnn(tmp_path, model, plan, _stream(), time_limit_s=0, report=lambda line: None)
+    other = _stream()
+    other.config = MixtureConfig(8000, 2, point_noise_share=0.0)
+    with pytest.raises(ParameterError, match="point_noise_share"):
+        train_crnn(tmp_path, model, plan, other, report=lambda line: None)
+
+
 def test_a_diverging_training_stops_and_names_what_to_lower(tmp_path):
     model = CRNNConfig(channels=4, hidden=16)
     plan = TrainingConfig(steps=4, epoch_steps=2, learning_rate=float("inf"), warmup_steps=1, precision="32-true")

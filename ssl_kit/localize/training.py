@@ -95,12 +95,12 @@ def validate(model: CRNN, stream: MixtureStream, n_batches: int) -> dict:
     return {"valid_mae_deg": float(errors.mean()), "valid_median_deg": float(np.median(errors)),
             "valid_acc5": float((errors <= 5).mean())}
 
-# %% ../../nbs/localize/training.ipynb #5fc3ba66
+# %% ../../nbs/localize/training.ipynb #093a5945
 class _State:
     "Model, average, optimizer and history of one training, saved and restored together."
 
-    def __init__(self, model: CRNN, config: TrainingConfig):
-        self.model, self.config = model, config
+    def __init__(self, model: CRNN, config: TrainingConfig, train: MixtureStream):
+        self.model, self.config, self.train = model, config, train
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay,
                                            fused=True)
@@ -118,7 +118,9 @@ class _State:
 
     def _configs(self) -> dict:
         training = {k: v for k, v in asdict(self.config).items() if k != "workers"}
-        return {"model": asdict(self.model.config), "training": training}
+        mixtures = asdict(self.train.config) | {"seed": self.train.seed, "n_responses": len(self.train.responses),
+                                                "n_noises": len(self.train.noises)}
+        return {"model": asdict(self.model.config), "training": training, "mixtures": mixtures}
 
     def save(self, path: Path) -> None:
         "Write everything to `path`, aside first: a kill while writing leaves the file before."
@@ -131,7 +133,7 @@ class _State:
         "Restore from `path`; ParameterError when it was trained with another configuration."
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for kind, now in self._configs().items():
-            differs = sorted(k for k in now if saved["configs"][kind].get(k) != now[k])
+            differs = sorted(k for k in now if saved["configs"].get(kind, {}).get(k) != now[k])
             if differs:
                 raise ParameterError(f"{path}: this training was started with other values of {differs} ({kind}); "
                                      f"restore them or train in another folder")
@@ -140,7 +142,7 @@ class _State:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.history = saved["step"], saved["history"]
 
-# %% ../../nbs/localize/training.ipynb #853d6f4d
+# %% ../../nbs/localize/training.ipynb #02d1e539
 def train_crnn(
     folder,                             # last.ckpt and history.json are kept here; an earlier run in it is resumed
     model: CRNNConfig,
@@ -159,7 +161,7 @@ def train_crnn(
     torch.manual_seed(config.seed)
     device = "cpu" if device == "auto" and not torch.cuda.is_available() else device
     fabric = Fabric(accelerator=device, devices=1, precision=choose_precision(config.precision))
-    state = _State(CRNN(model).to(memory_format=torch.channels_last), config)
+    state = _State(CRNN(model).to(memory_format=torch.channels_last), config, train)
     if (folder / "last.ckpt").exists():
         state.load(folder / "last.ckpt")
     network, optimizer = fabric.setup(state.model, state.optimizer)
