@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['draw_response', 'build_response_bank', 'load_speech', 'diffuse_bank', 'MixtureConfig', 'frame_activity',
-           'MixtureStream']
+           'speech_stretch', 'Batch', 'MixtureStream']
 
-# %% ../../nbs/localize/mixtures.ipynb #6cee9520
+# %% ../../nbs/localize/mixtures.ipynb #6c43d8df
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +130,7 @@ def diffuse_bank(
         bank[row] = diffuse_field(sources, geometry.positions_m, sample_rate)
     return bank
 
-# %% ../../nbs/localize/mixtures.ipynb #7786dc7c
+# %% ../../nbs/localize/mixtures.ipynb #19d43ce7
 @dataclass(frozen=True)
 class MixtureConfig:
     "How training clips are drawn from a response bank."
@@ -151,6 +151,20 @@ def frame_activity(samples, frame_samples: int, threshold_db: float = -35.0, pea
     return (power > peak * 10 ** (threshold_db / 10)).astype(np.float32) * float(peak > 0)
 
 
+class _Channels:
+    "Some channels of responses (n, mic, tap), copied when a row is asked for and not before."
+
+    def __init__(self, responses, mics: Sequence[int]):
+        self._responses, self._mics = responses, list(mics)
+        self.shape = (responses.shape[0], len(self._mics), responses.shape[2])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, row: int):
+        return self._responses[row][self._mics]
+
+
 def _reverberate(dry: np.ndarray, responses, rows, n_samples: int) -> np.ndarray:
     "The last `n_samples` of dry (batch, sample) convolved with responses[rows] (batch, mic, tap)."
     import torch
@@ -162,37 +176,55 @@ def _reverberate(dry: np.ndarray, responses, rows, n_samples: int) -> np.ndarray
     return torch.fft.irfft(spectrum, n=length)[..., -n_samples:].numpy()
 
 
+def speech_stretch(rng, speech: Sequence, length: int, n_samples: int, frame_samples: int = 1600,
+                   activity_db: float = -35.0) -> tuple[np.ndarray, np.ndarray]:
+    """A stretch of dry speech (length,) and the activity (frame,) of its last `n_samples`; drawn again while fewer than
+    30 % of the frames are active. speech: int16 utterances. Raises DataError when 20 draws do not help."""
+    for _ in range(20):
+        utterance = speech[rng.integers(len(speech))]
+        start = int(rng.integers(-length // 4, max(len(utterance) - n_samples, 1)))
+        dry = np.zeros(length, np.float32)
+        part = utterance[max(start, 0):start + length]
+        dry[max(-start, 0):max(-start, 0) + len(part)] = part / 32768
+        frames = np.asarray(utterance, np.float32)[:len(utterance) // 1600 * 1600].reshape(-1, 1600) / 32768
+        activity = frame_activity(dry[-n_samples:], frame_samples, activity_db, float((frames ** 2).mean(1).max()))
+        if activity.mean() >= 0.3:
+            return dry, activity
+    raise DataError("speech: found no stretch with 30 % of active frames in 20 draws; is the corpus silent?")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips to train on, torch tensors: samples (batch, mic, sample), the reference mic last; positions_m (batch, mic,
+    3) relative to it; mic_mask (batch, mic), False where a clip has fewer mics than others and the channel is zero;
+    azimuth_deg and activity (batch, frame) at 10 Hz."""
+    samples: object
+    positions_m: object
+    mic_mask: object
+    azimuth_deg: object
+    activity: object
+
+
 class MixtureStream:
     """Endless batches of noisy reverberant speech; `batch(step)` depends on (seed, step) alone.
 
     responses: (n, mic, tap); facts: (n, 3) azimuth_deg, distance_m, t60_s; speech: int16 utterances;
     noises: (n, mic, sample) diffuse noise of unit power, longer than clip and response together;
-    point_rows: rows of `noises` that may stand in one place (None: all; babble should not, it is speech)."""
+    point_rows: rows of `noises` that may stand in one place (None: all; babble should not, it is speech);
+    geometry: the array, needed for `draw` alone; mics: channels of responses and noises that take part (None: all)."""
 
     def __init__(self, responses, facts, speech, noises, config: MixtureConfig | None = None, seed: int = 0,
-                 point_rows: Sequence[int] | None = None):
+                 point_rows: Sequence[int] | None = None, geometry: ArrayGeometry | None = None,
+                 mics: Sequence[int] | None = None):
+        if mics is not None:
+            responses, noises = _Channels(responses, mics), np.ascontiguousarray(noises[:, list(mics)])
         self.responses, self.facts, self.speech, self.noises = responses, facts, speech, noises
+        self.geometry = geometry.require_order("reference_last") if geometry is not None else None
         self.config, self.seed = config or MixtureConfig(), seed
         self.point_rows = np.arange(len(noises)) if point_rows is None else np.asarray(point_rows)
         needed = self.config.n_samples + (responses.shape[2] if self.config.point_noise_share else 0)
         if noises.shape[1] != responses.shape[1] or noises.shape[2] < needed:
             raise ParameterError(f"noises: expected (n, {responses.shape[1]}, >= {needed}), found {noises.shape}")
-
-    def _dry(self, rng, length: int) -> tuple[np.ndarray, np.ndarray]:
-        "A stretch of dry speech (length,) and the activity of its last frames; drawn again while it is silent."
-        cfg = self.config
-        for _ in range(20):
-            utterance = self.speech[rng.integers(len(self.speech))]
-            start = int(rng.integers(-length // 4, max(len(utterance) - cfg.n_samples, 1)))
-            dry = np.zeros(length, np.float32)
-            part = utterance[max(start, 0):start + length]
-            dry[max(-start, 0):max(-start, 0) + len(part)] = part / 32768
-            frames = np.asarray(utterance, np.float32)[:len(utterance) // 1600 * 1600].reshape(-1, 1600) / 32768
-            activity = frame_activity(dry[-cfg.n_samples:], cfg.frame_samples, cfg.activity_db,
-                                      float((frames ** 2).mean(1).max()))
-            if activity.mean() >= 0.3:
-                return dry, activity
-        raise DataError("speech: found no stretch with 30 % of active frames in 20 draws; is the corpus silent?")
 
     def _noise(self, rng) -> np.ndarray:
         "Diffuse noise (mic, sample), or noise from one place 10 dB above it."
@@ -210,6 +242,24 @@ class MixtureStream:
         ratio = np.sqrt(0.1 * np.mean(point[-1] ** 2) / (np.mean(noise[-1] ** 2) + 1e-12))
         return point + ratio * noise
 
+    def draw(self, step: int) -> Batch:
+        "The `Batch` of a step; ParameterError for a stream that was not told its geometry."
+        import torch
+
+        if self.geometry is None or self.geometry.n_mics != self.responses.shape[1]:
+            raise ParameterError(f"geometry: expected the array of {self.responses.shape[1]} mics that the responses "
+                                 f"belong to, found {self.geometry}")
+        samples, azimuth_deg, activity = self.batch(step)
+        positions = torch.from_numpy(np.float32(self.geometry.positions_m - self.geometry.positions_m[-1]))
+        n_batch = len(samples)
+        return Batch(samples, positions.expand(n_batch, -1, -1), torch.ones(n_batch, len(positions), dtype=torch.bool),
+                     azimuth_deg, activity)
+
+    def identity(self) -> dict:
+        "What a resumed training must share."
+        return asdict(self.config) | {"seed": self.seed, "n_responses": len(self.responses),
+                                      "n_noises": len(self.noises)}
+
     def batch(self, step: int):
         "Tensors samples (batch, mic, sample), azimuth_deg (batch, frame) and activity (batch, frame) of a step."
         import torch
@@ -219,7 +269,9 @@ class MixtureStream:
         cfg, rng = self.config, np.random.default_rng([self.seed, step])
         length = cfg.n_samples + self.responses.shape[2]
         picked = rng.integers(0, len(self.responses), cfg.batch_size)
-        dry, activity = map(np.stack, zip(*[self._dry(rng, length) for _ in picked], strict=True))
+        dry, activity = map(np.stack, zip(*[
+            speech_stretch(rng, self.speech, length, cfg.n_samples, cfg.frame_samples, cfg.activity_db)
+            for _ in picked], strict=True))
         wet = _reverberate(dry, self.responses, picked, cfg.n_samples)
         azimuths = []
         for k, row in enumerate(picked):
