@@ -130,7 +130,7 @@ def diffuse_bank(
         bank[row] = diffuse_field(sources, geometry.positions_m, sample_rate)
     return bank
 
-# %% ../../nbs/localize/mixtures.ipynb #19d43ce7
+# %% ../../nbs/localize/mixtures.ipynb #91829e2d
 @dataclass(frozen=True)
 class MixtureConfig:
     "How training clips are drawn from a response bank."
@@ -220,6 +220,9 @@ class MixtureStream:
             responses, noises = _Channels(responses, mics), np.ascontiguousarray(noises[:, list(mics)])
         self.responses, self.facts, self.speech, self.noises = responses, facts, speech, noises
         self.geometry = geometry.require_order("reference_last") if geometry is not None else None
+        if geometry is not None and geometry.n_mics != responses.shape[1]:
+            raise ParameterError(f"geometry: the responses have {responses.shape[1]} mics, array '{geometry.label}' has "
+                                 f"{geometry.n_mics}")
         self.config, self.seed = config or MixtureConfig(), seed
         self.point_rows = np.arange(len(noises)) if point_rows is None else np.asarray(point_rows)
         needed = self.config.n_samples + (responses.shape[2] if self.config.point_noise_share else 0)
@@ -243,14 +246,14 @@ class MixtureStream:
         return point + ratio * noise
 
     def draw(self, step: int) -> Batch:
-        "The `Batch` of a step; ParameterError for a stream that was not told its geometry."
+        "The `Batch` of a step; its positions are NaN for a stream that was not told its geometry."
         import torch
 
-        if self.geometry is None or self.geometry.n_mics != self.responses.shape[1]:
-            raise ParameterError(f"geometry: expected the array of {self.responses.shape[1]} mics that the responses "
-                                 f"belong to, found {self.geometry}")
         samples, azimuth_deg, activity = self.batch(step)
-        positions = torch.from_numpy(np.float32(self.geometry.positions_m - self.geometry.positions_m[-1]))
+        if self.geometry is None:
+            positions = torch.full((samples.shape[1], 3), torch.nan)
+        else:
+            positions = torch.from_numpy(np.float32(self.geometry.positions_m - self.geometry.positions_m[-1]))
         n_batch = len(samples)
         return Batch(samples, positions.expand(n_batch, -1, -1), torch.ones(n_batch, len(positions), dtype=torch.bool),
                      azimuth_deg, activity)
