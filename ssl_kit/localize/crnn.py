@@ -75,7 +75,7 @@ def crnn_input(
         relative = torch.cat([unit.real, delay], dim=1)
     return torch.cat([relative, _level_channels(reference)], dim=1)
 
-# %% ../../nbs/localize/crnn.ipynb #ccf4289e
+# %% ../../nbs/localize/crnn.ipynb #94cbd582
 class _Block(nn.Module):
     "Two 3 x 3 convolutions with batch norm and ReLU, then max pooling (freq, frame)."
 
@@ -96,6 +96,7 @@ class _Block(nn.Module):
 class CRNN(nn.Module):
     "Convolutional recurrent network, (batch, 2 * mic, 256, frame) to logits (batch, frame // 5, 360)."
 
+    kind, config_class = "crnn", CRNNConfig
     pools = ((4, 1), (2, 5), (2, 1), (2, 1), (2, 1))  # the time pooling comes early: it saves a sixth of the work
 
     def __init__(self, config: CRNNConfig | None = None):
