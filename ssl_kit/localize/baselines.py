@@ -18,7 +18,7 @@ from .srp_grid import DirectionGrid, band_bins, peak_azimuth_deg
 # %% auto #0
 __all__ = ['BaselineConfig', 'band_spectra', 'MUSIC', 'MVDR', 'GCCLeastSquares']
 
-# %% ../../nbs/localize/baselines.ipynb #a79aeb00
+# %% ../../nbs/localize/baselines.ipynb #c8e6e4b7
 @dataclass(frozen=True)
 class BaselineConfig:
     "Parameters that the baselines share."
@@ -41,7 +41,8 @@ def band_spectra(samples, sample_rate: float, config: BaselineConfig) -> tuple[n
 
 def _peak_track(score, method: str, grid: DirectionGrid) -> AzimuthTrack:
     "One answer from a non-negative map (direction,); confidence is how far the peak stands above the mean."
-    azimuth, _ = peak_azimuth_deg(score, grid)
+    # these spectra have spikes like 1 / (a + b x^2): their reciprocal is the parabola that the refinement expects
+    azimuth, _ = peak_azimuth_deg(-1.0 / np.maximum(score, np.finfo(float).tiny), grid)
     confidence = 1.0 - float(score.mean()) / max(float(score.max()), np.finfo(float).tiny)
     return AzimuthTrack(azimuth, score, grid.azimuth_deg, min(max(confidence, 0.0), 1.0), method)
 

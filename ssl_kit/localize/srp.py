@@ -279,7 +279,7 @@ class SRP:
         scores = srp_map(samples, geometry, sample_rate, self.config, device=self.device)
         return [_track(score, samples.shape[-1], sample_rate, self.config) for score in scores]
 
-# %% ../../nbs/localize/srp.ipynb #fc95aca0
+# %% ../../nbs/localize/srp.ipynb #a492dfeb
 class SRPStream:
     """SRP-PHAT on blocks of audio as they arrive.
     memory_s: time constant of the running mean of scores. `process` answers per block with one frame.
@@ -313,7 +313,7 @@ class SRPStream:
         return AzimuthTrack(answer.azimuth_deg, answer.score, answer.directions_deg, answer.confidence, "srp",
                             [self._seconds - duration_s / 2], answer.elevation_deg)
 
-# %% ../../nbs/localize/srp.ipynb #8e3ddafb
+# %% ../../nbs/localize/srp.ipynb #e0362154
 @contextlib.contextmanager
 def torch_threads(n: int):
     "Run the block with `n` threads inside torch, then put the old number back."
@@ -336,7 +336,7 @@ def localize_files(paths: Iterable, geometry: ArrayGeometry, method=None, sample
     with torch_threads(1), ThreadPoolExecutor(threads) as pool:
         return list(pool.map(one, paths))
 
-# %% ../../nbs/localize/srp.ipynb #6084ab7f
+# %% ../../nbs/localize/srp.ipynb #0972f3d4
 _CACHE_VERSION = 1  # raise it when a change alters answers
 
 

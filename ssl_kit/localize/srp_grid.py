@@ -46,7 +46,7 @@ class DirectionGrid:
         "(direction, 3) with direction = elevation * n_azimuth + azimuth."
         return direction_vector(self.azimuth_deg[None], np.array(self.elevation_deg)[:, None]).reshape(-1, 3)
 
-# %% ../../nbs/localize/srp_grid.ipynb #83def38b
+# %% ../../nbs/localize/srp_grid.ipynb #fcffb8cd
 def refine_peak(score, index) -> np.ndarray:
     """Position of the peak in steps, `index` moved by the vertex of a parabola through its neighbours on the circle.
     score: (..., azimuth); index: (...,) where the maximum is. The move is at most half a step; flat tops don't move.
@@ -60,17 +60,39 @@ def refine_peak(score, index) -> np.ndarray:
     return index + np.where(curvature < 0, np.clip(0.5 * (left - right) / safe, -0.5, 0.5), 0.0)
 
 
+def _refine_elevation(column, layer, elevation_deg) -> np.ndarray:
+    """Elevation (...,) of the peak of column (..., elevation) near `layer` (...,): the vertex of the parabola through
+    three ascending elevations, spaced as they may be, no farther away than half of the way to its neighbour. At the ends
+    of the range nothing is refined."""
+    n = len(elevation_deg)
+    inside = np.clip(layer, 1, n - 2)
+    at = [np.take_along_axis(column, (inside + k)[..., None], -1)[..., 0].astype(np.float64) for k in (-1, 0, 1)]
+    low, middle, high = (elevation_deg[inside + k] for k in (-1, 0, 1))
+    left, right = (at[1] - at[0]) / (middle - low), (at[2] - at[1]) / (high - middle)  # slopes
+    bend = (right - left) / (high - low)
+    safe = np.where(bend < 0, bend, -1.0)
+    vertex = 0.5 * (low + middle) - left / (2 * safe)
+    vertex = np.clip(vertex, 0.5 * (low + middle), 0.5 * (middle + high))
+    return np.where((bend < 0) & (inside == layer), vertex, elevation_deg[layer])
+
+
 def peak_azimuth_deg(score, grid: DirectionGrid, subgrid: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    "Azimuth and elevation (...,) in degrees of the highest score (..., direction)."
+    """Azimuth and elevation (...,) in degrees of the highest score (..., direction), refined between directions when
+    `subgrid`, elevation where at least three ascending ones were searched."""
     score = np.asarray(score)
     layers = score.reshape(*score.shape[:-1], len(grid.elevation_deg), grid.n_azimuth)
     best = score.argmax(axis=-1)
     layer, index = best // grid.n_azimuth, best % grid.n_azimuth
     row = np.take_along_axis(layers, layer[..., None, None], -2)[..., 0, :]
     steps = refine_peak(row, index) if subgrid else index
-    return wrap_deg(steps * (360.0 / grid.n_azimuth)), np.array(grid.elevation_deg)[layer]
+    elevations = np.array(grid.elevation_deg)
+    elevation = elevations[layer]
+    if subgrid and len(elevations) >= 3 and (np.diff(elevations) > 0).all():
+        column = np.take_along_axis(layers, index[..., None, None], -1)[..., 0]
+        elevation = _refine_elevation(column, layer, elevations)
+    return wrap_deg(steps * (360.0 / grid.n_azimuth)), elevation
 
-# %% ../../nbs/localize/srp_grid.ipynb #025a0c33
+# %% ../../nbs/localize/srp_grid.ipynb #9c9b2a7c
 def n_lag_nodes(phase_rad: float) -> int:
     "How many Chebyshev lags carry exp(j z x), |x| <= 1, to single precision for z up to `phase_rad`."
     return int(np.ceil(phase_rad + 8 + 4 * phase_rad ** (1 / 3)))
@@ -91,7 +113,7 @@ def chebyshev_matrix(x, n: int) -> np.ndarray:
     at_x = np.cos(order * np.arccos(np.clip(x, -1.0, 1.0))[..., None])
     return (at_x * weight) @ at_nodes.T
 
-# %% ../../nbs/localize/srp_grid.ipynb #4c2713ce
+# %% ../../nbs/localize/srp_grid.ipynb #e8cba520
 @dataclass(frozen=True, eq=False)
 class SteeringTables:
     """Tables that turn cross spectra into steered response power; arrays are float32.
