@@ -336,8 +336,8 @@ def localize_files(paths: Iterable, geometry: ArrayGeometry, method=None, sample
     with torch_threads(1), ThreadPoolExecutor(threads) as pool:
         return list(pool.map(one, paths))
 
-# %% ../../nbs/localize/srp.ipynb #0972f3d4
-_CACHE_VERSION = 1  # raise it when a change alters answers
+# %% ../../nbs/localize/srp.ipynb #6a2fc3c4
+_CACHE_VERSION = 2  # raise it when a change alters answers
 
 
 def srp_key(samples, geometry: ArrayGeometry, sample_rate: int, config: SRPConfig) -> str:

@@ -48,7 +48,7 @@ def sample_talkers(config: SceneConfig, pool: SourcePool, seed: int, index: int,
                     f"{low:g} to {high:g} deg apart (the corpus has {len({u.speaker for u in pool.speech})} voices); "
                     "ask for fewer, or for a wider range")
 
-# %% ../../nbs/localize/talkers.ipynb #8e884fff
+# %% ../../nbs/localize/talkers.ipynb #57ee7023
 def _talker_image(scene, layout, rows, config, pool, lead_s):
     "What the rows hear of one speaker, of unit power at the first, with the activity at 10 Hz and the utterance."
     n_lead = round(lead_s * config.sample_rate)
@@ -74,7 +74,7 @@ def render_talkers(
     level_db: float = 3.0,              # the later speakers' level against the first one's: up to so much up or down
     lead_s: float = 0.0,                # seconds of noise alone at the beginning
 ) -> Recording:
-    "Recording `index` with several speakers and diffuse noise; meta has azimuths_deg and speakers, one for each."
+    "Recording `index` with several speakers and diffuse noise; meta has azimuths_deg, elevations_deg, speakers, ..., one for each."
     pool = source_pool(config.speech, config.noise, split, sample_rate=config.sample_rate)
     layout = layout_of(geometry)
     if layout.reference is None:
@@ -97,8 +97,10 @@ def render_talkers(
     samples = mix_at_snr(speech, noise, first.snr_db, active, config.sample_rate)
     samples *= PEAK / np.abs(samples[0]).max()
     azimuths = [scene.azimuth_deg[0] for scene in scenes]
+    rises = [(scene.source_m[0][2] - scene.array_m[2]) / scene.distance_m for scene in scenes]
     meta = {"split": split, "index": index, "seed": seed, "room": f"{split}-{seed}-{index}", "t60_s": first.t60_s,
-            "snr_db": first.snr_db, "azimuths_deg": azimuths, "levels_db": levels.tolist(), "noise": clip.name,
+            "snr_db": first.snr_db, "azimuths_deg": azimuths,
+            "elevations_deg": np.degrees(np.arcsin(rises)).tolist(), "levels_db": levels.tolist(), "noise": clip.name,
             "distances_m": [scene.distance_m for scene in scenes], "speakers": [u.speaker for u in utterances]}
     return Recording(np.ascontiguousarray(samples[[rows.index(m) for m in wanted]]), config.sample_rate, geometry,
                      azimuths[0] if n_talkers == 1 else None, active, meta)
