@@ -46,7 +46,7 @@ class DirectionGrid:
         "(direction, 3) with direction = elevation * n_azimuth + azimuth."
         return direction_vector(self.azimuth_deg[None], np.array(self.elevation_deg)[:, None]).reshape(-1, 3)
 
-# %% ../../nbs/localize/srp_grid.ipynb #fcffb8cd
+# %% ../../nbs/localize/srp_grid.ipynb #18a3f295
 def refine_peak(score, index) -> np.ndarray:
     """Position of the peak in steps, `index` moved by the vertex of a parabola through its neighbours on the circle.
     score: (..., azimuth); index: (...,) where the maximum is. The move is at most half a step; flat tops don't move.
@@ -62,8 +62,8 @@ def refine_peak(score, index) -> np.ndarray:
 
 def _refine_elevation(column, layer, elevation_deg) -> np.ndarray:
     """Elevation (...,) of the peak of column (..., elevation) near `layer` (...,): the vertex of the parabola through
-    three ascending elevations, spaced as they may be, no farther away than half of the way to its neighbour. At the ends
-    of the range nothing is refined."""
+    three ascending elevations, spaced as they may be, no farther away than half of the way to its neighbour. At the
+    ends of the range nothing is refined."""
     n = len(elevation_deg)
     inside = np.clip(layer, 1, n - 2)
     at = [np.take_along_axis(column, (inside + k)[..., None], -1)[..., 0].astype(np.float64) for k in (-1, 0, 1)]

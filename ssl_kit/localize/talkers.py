@@ -48,7 +48,7 @@ def sample_talkers(config: SceneConfig, pool: SourcePool, seed: int, index: int,
                     f"{low:g} to {high:g} deg apart (the corpus has {len({u.speaker for u in pool.speech})} voices); "
                     "ask for fewer, or for a wider range")
 
-# %% ../../nbs/localize/talkers.ipynb #57ee7023
+# %% ../../nbs/localize/talkers.ipynb #e615473f
 def _talker_image(scene, layout, rows, config, pool, lead_s):
     "What the rows hear of one speaker, of unit power at the first, with the activity at 10 Hz and the utterance."
     n_lead = round(lead_s * config.sample_rate)
@@ -74,7 +74,7 @@ def render_talkers(
     level_db: float = 3.0,              # the later speakers' level against the first one's: up to so much up or down
     lead_s: float = 0.0,                # seconds of noise alone at the beginning
 ) -> Recording:
-    "Recording `index` with several speakers and diffuse noise; meta has azimuths_deg, elevations_deg, speakers, ..., one for each."
+    "Recording `index` with several speakers and diffuse noise; meta has azimuths_deg, elevations_deg and speakers."
     pool = source_pool(config.speech, config.noise, split, sample_rate=config.sample_rate)
     layout = layout_of(geometry)
     if layout.reference is None:
