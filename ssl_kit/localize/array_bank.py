@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ArrayBankConfig', 'make_group', 'build_array_bank', 'ArrayBank']
 
-# %% ../../nbs/localize/array_bank.ipynb #9a5ebb34
+# %% ../../nbs/localize/array_bank.ipynb #8a9256ad
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def make_group(config: ArrayBankConfig, pool: SourcePool, clips: Sequence, seed:
         out["stands"][k] = clip.category != "babble"
     return out
 
-# %% ../../nbs/localize/array_bank.ipynb #5c5e99a3
+# %% ../../nbs/localize/array_bank.ipynb #4949396d
 def _job(args):
     "A worker's group."
     import torch
@@ -112,10 +113,11 @@ def _job(args):
 
 
 def build_array_bank(folder, config: ArrayBankConfig, seed: int = 0, split: str = "train", workers: int | None = None,
-                     root=None) -> Path:
+                     root=None, scheduler=None) -> Path:
     """Compute an array bank, or what is missing of it; the result does not depend on `workers`. Returns its folder.
 
-    root: folder of the speech and noise corpora, None for SSL_KIT_DATA. Raises DataError when the folder holds a bank
+    root: folder of the speech and noise corpora, None for SSL_KIT_DATA.  scheduler: address of a Dask scheduler whose
+    workers compute the groups; they need the corpora, not the folder. Raises DataError when the folder holds a bank
     with other settings."""
     folder = Path(folder)
     identity = {"config": asdict(config), "seed": seed, "split": split}
@@ -138,7 +140,7 @@ def build_array_bank(folder, config: ArrayBankConfig, seed: int = 0, split: str 
     workers = workers if workers is not None else os.cpu_count() or 1
     jobs = [(config, seed, split, group, root) for group in todo]
     with progress(total=len(todo), label=f"arrays {split}") as bar:
-        for number, (group, parts) in enumerate(_results(jobs, workers)):
+        for number, (group, parts) in enumerate(_results(jobs, workers, scheduler)):
             for name, value in parts.items():
                 arrays[name][group] = value
             known["done"].append(group)
@@ -151,8 +153,23 @@ def build_array_bank(folder, config: ArrayBankConfig, seed: int = 0, split: str 
     return folder
 
 
-def _results(jobs, workers: int):
-    "Groups as they come, in this process or in several."
+def _results(jobs, workers: int, scheduler=None):
+    "Groups as they come, in this process, in several, or from the workers of a scheduler."
+    if scheduler is not None:
+        from distributed import as_completed
+
+        from ssl_kit.arrays.distributed import dask_client
+
+        with dask_client(scheduler) as client:
+            # a few at a time: a group is some megabytes, and all of them would be held by the workers
+            waiting, running = iter(jobs), as_completed()
+            for job in islice(waiting, 64):
+                running.add(client.submit(_job, job, pure=False))
+            for future in running:
+                yield future.result()
+                for job in islice(waiting, 1):
+                    running.add(client.submit(_job, job, pure=False))
+        return
     if workers == 1:
         yield from map(_job, jobs)
         return
@@ -181,6 +198,6 @@ class ArrayBank:
         if len(about["done"]) < n_groups:
             raise DataError(f"{folder}: expected {n_groups} finished groups, found {len(about['done'])}; "
                             "call build_array_bank again")
-        self.identity, self.n_groups = about["identity"], n_groups
+        self.folder, self.identity, self.n_groups = folder, about["identity"], n_groups
         for path in sorted(folder.glob("*.npy")):
             setattr(self, path.stem, np.load(path, mmap_mode="r"))

@@ -141,13 +141,16 @@ def read_for_array(path, geometry: ArrayGeometry, sample_rate: int = 16000, chan
     samples = samples[select_channels(len(samples), geometry, channels, str(path))]
     return check_recording(samples, geometry, sample_rate, str(path))
 
-# %% ../../nbs/localize/protocol.ipynb #f2cedd7c
+# %% ../../nbs/localize/protocol.ipynb #fe203fe0
 _LOCALIZERS: dict[str, str | Callable[..., Localizer]] = {
     "srp": "ssl_kit.localize.srp:SRP",
     "music": "ssl_kit.localize.baselines:MUSIC",
     "mvdr": "ssl_kit.localize.baselines:MVDR",
     "gcc-ls": "ssl_kit.localize.baselines:GCCLeastSquares",
     "crnn": "ssl_kit.localize.network:CRNNLocalizer.load_default",
+    "geonet": "ssl_kit.localize.geonet_localizer:GeoNetLocalizer.load_default",
+    "ipdnet": "ssl_kit.localize.ipdnet_localizer:IPDNetLocalizer.load_default",
+    "ipdnet-variable": "ssl_kit.localize.ipdnet_localizer:VariableIPDNetLocalizer.load_default",
 }
 
 

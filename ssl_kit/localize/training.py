@@ -197,7 +197,7 @@ class _State:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.history = saved["step"], saved["history"]
 
-# %% ../../nbs/localize/training.ipynb #58adcc20
+# %% ../../nbs/localize/training.ipynb #50ecf0f5
 def train_network(
     folder,                             # last.ckpt and history.json are kept here; an earlier run in it is resumed
     task: Task,
@@ -235,6 +235,9 @@ def train_network(
         _epochs(fabric, network, optimizer, state, loader, folder, valid, valid_batches, time_limit_s, report)
     finally:
         torch.set_flush_denormal(False)  # a setting of the whole process: others count on denormal numbers
+    if devices > 1:
+        fabric.barrier()  # nobody leaves while another still waits for him
+        torch.distributed.destroy_process_group()
     return state.average.cpu().eval(), state.history
 
 
