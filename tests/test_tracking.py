@@ -16,6 +16,7 @@ from ssl_kit.localize.tracking import (
     CausalSmoother,
     ExponentialSmoother,
     SmootherConfig,
+    TrailingWindow,
     belief_peak,
     evaluate_tracks,
     filter_azimuths,
@@ -195,6 +196,47 @@ def test_the_average_of_one_direction_is_that_direction(azimuth, time_s):
     smoother = ExponentialSmoother(time_s)
     for _ in range(4):
         assert angular_error_deg(smoother.process(azimuth, 0.5), azimuth) < 1e-6
+
+
+# --- trailing windows ---------------------------------------------------------------------------------------------
+
+
+def delay_method(samples, geometry, sample_rate):
+    """Frame-wise, one frame per 50 ms: its azimuth is a thousand times the frame's mean."""
+    frames = 1000 * samples[0][:samples.shape[1] // 800 * 800].reshape(-1, 800).mean(axis=1)
+    return track_of(frames, times_s=(np.arange(len(frames)) + 0.5) * 0.05)
+
+
+def test_trailing_windows_hear_the_past_alone_and_keep_the_last_frame():
+    ramp = np.tile(np.arange(32000, dtype=np.float32) / 1e5, (2, 1))  # 160 degrees a second
+    method = TrailingWindow(delay_method, window_s=0.6)
+    track = method(ramp, PAIR)
+    # the mean of the last 50 ms before the frame's end
+    assert np.allclose(track.azimuth_deg[3:], 16 * np.arange(4, 21) - 4, atol=0.02) and track.n_frames == 20
+    assert np.allclose(track.azimuth_deg[:3], track.azimuth_deg[0]) and np.allclose(np.diff(track.times_s), 0.1)
+    changed = ramp.copy()
+    changed[:, 16000:] += 0.05
+    assert np.array_equal(method(changed, PAIR).azimuth_deg[:10], track.azimuth_deg[:10])
+
+
+def test_silent_windows_know_nothing_and_keep_the_azimuth():
+    samples = np.zeros((2, 32000), np.float32)
+    samples[:, 8000:12000] = 0.09
+    track = TrailingWindow(delay_method, window_s=0.3)(samples, PAIR)
+    assert track.confidence[:5].tolist() == [0] * 5 and track.confidence[14] == 0 and track.confidence[6] == 1
+    assert not track.score[18].any() and track.azimuth_deg[18] == track.azimuth_deg[13]
+    smooth = CausalSmoother(sharpness=6.0, min_confidence=0.5).smooth(track)
+    assert np.isfinite(smooth.azimuth_deg).all()
+
+
+def test_trailing_windows_refuse_what_they_cannot_do():
+    with pytest.raises(ParameterError, match="window_s"):
+        TrailingWindow(delay_method, window_s=0.1)
+    method = TrailingWindow(delay_method, window_s=1.0)
+    with pytest.raises(DataError, match="half a window, found 0.250 s"):
+        method(np.full((2, 4000), 0.1, np.float32), PAIR)
+    with pytest.raises(DataError, match="silent"):
+        method(np.zeros((2, 16000), np.float32), PAIR)
 
 
 # --- scales -------------------------------------------------------------------------------------------------------
