@@ -55,7 +55,7 @@ def _check_workers(client, identity_file: Path) -> None:
             raise ParameterError(f"worker {address} has {', '.join(differing)}; recordings would depend on who makes "
                                  "them; install the same versions everywhere")
 
-# %% ../../nbs/arrays/distributed.ipynb #a9adde7d
+# %% ../../nbs/arrays/distributed.ipynb #79f72263
 @contextmanager
 def dask_client(scheduler, wait_s: float = 60.0) -> Iterator:
     """A client of the Dask scheduler at an address such as tcp://host:8786 (or of a cluster object), with a worker.
@@ -66,7 +66,7 @@ def dask_client(scheduler, wait_s: float = 60.0) -> Iterator:
         from distributed import Client
     except ImportError as error:
         raise MissingDataError(f"scheduler {scheduler}: expected the package distributed, found none; "
-                               "pip install 'ssl-kit[distributed]', or leave the scheduler out for local processes"
+                               "pip install distributed, or leave the scheduler out for local processes"
                                ) from error
     try:
         client = Client(scheduler, timeout=min(30.0, wait_s))

@@ -16,7 +16,7 @@ from ..lab.errors import DataError, ParameterError
 # %% auto #0
 __all__ = ['MAX_PANELS', 'draw_array', 'draw_answers']
 
-# %% ../../nbs/localize/array_picture.ipynb #fa749ec0
+# %% ../../nbs/localize/array_picture.ipynb #2252db38
 def _places(geometry: ArrayGeometry) -> list[tuple[np.ndarray, str, bool]]:
     "Places seen from above: (x and y in cm, the mic there and how many more, whether the reference is there)."
     xy = [tuple(place) for place in np.round(100 * geometry.positions_m[:, :2], 4).tolist()]
@@ -52,7 +52,8 @@ def _draw_mics(panel, geometry: ArrayGeometry, reach_cm: float, colors) -> None:
         if is_reference:
             panel.plot(*xy, "o", markersize=8, fillstyle="none", color=colors[1], markeredgewidth=1.2, zorder=5,
                        label="reference mic")
-        panel.annotate(names, xy, xytext=8 * step, textcoords="offset points", ha="center", va="center",
+        away = np.array([6.5 + 1.8 * len(names), 8.0]) * step  # points; names are wider than high
+        panel.annotate(names, xy, xytext=away, textcoords="offset points", ha="center", va="center",
                        fontsize=7 if len(places) <= 16 else 5, zorder=6, path_effects=halo)
 
 # %% ../../nbs/localize/array_picture.ipynb #98f2bba8
