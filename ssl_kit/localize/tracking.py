@@ -111,7 +111,7 @@ def filter_azimuths(scores, confidence, config: SmootherConfig, dt_s: float = 1 
         azimuths.append(belief_peak(belief, config.reach_deg)[0])
     return np.stack(azimuths, axis=1)
 
-# %% ../../nbs/localize/tracking.ipynb #228f8c65
+# %% ../../nbs/localize/tracking.ipynb #3cca2bef
 class CausalSmoother:
     "The forward filter over frames of scores; state is the belief. `parameters` are those of `SmootherConfig`."
 
@@ -164,8 +164,8 @@ class CausalSmoother:
 def frame_steps_s(track: AzimuthTrack) -> np.ndarray:
     "Seconds between a frame and the one before (frame,); the first as the second. Checks the grid of directions."
     if track.times_s is None:
-        raise ParameterError(f"track of '{track.method}': a whole-clip answer has no frames to smooth; ask the localizer "
-                             "for blocks (block_s)")
+        raise ParameterError(f"track of '{track.method}': a whole-clip answer has no frames to smooth; ask the "
+                             "localizer for blocks (block_s), or use TrailingWindow")
     n = len(track.directions_deg)
     if not np.allclose(track.directions_deg, np.arange(n) * 360.0 / n):
         raise ParameterError(f"track of '{track.method}': expected {n} directions equally spaced from 0 degrees")
