@@ -53,7 +53,7 @@ def heard_by(method: str, geometry: ArrayGeometry) -> ArrayGeometry:
     IPDnet, which has five."""
     return geometry.subarray(geometry.names[::2]) if method == "ipdnet" and geometry.n_mics == 9 else geometry
 
-# %% ../../nbs/localize/comparison.ipynb #6acdf197
+# %% ../../nbs/localize/comparison.ipynb #17294158
 @lru_cache(maxsize=16)
 def _method(name: str, checkpoint: str):
     options = {"strict": False} if name in BOUND else {}
@@ -72,6 +72,8 @@ def answer(plan: ComparisonPlan, index: int) -> list[dict]:
     recording = render_scene(scene, union_array(plan.arrays), plan.scenes, pool)
     truth = float(np.atleast_1d(recording.azimuth_deg)[0])
     about = {name: recording.meta[name] for name in ("room", "speaker", "snr_db", "t60_s", "distance_m", "noise_from")}
+    place = np.asarray(scene.source_m[0]) - np.asarray(scene.array_m)
+    about["elevation_deg"] = float(np.degrees(np.arctan2(place[2], np.hypot(*place[:2]))))
     checkpoints, rows = dict(plan.checkpoints), []
     for array in plan.arrays:
         for name in plan.methods:

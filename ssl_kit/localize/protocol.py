@@ -141,7 +141,7 @@ def read_for_array(path, geometry: ArrayGeometry, sample_rate: int = 16000, chan
     samples = samples[select_channels(len(samples), geometry, channels, str(path))]
     return check_recording(samples, geometry, sample_rate, str(path))
 
-# %% ../../nbs/localize/protocol.ipynb #fe203fe0
+# %% ../../nbs/localize/protocol.ipynb #00ebe191
 _LOCALIZERS: dict[str, str | Callable[..., Localizer]] = {
     "srp": "ssl_kit.localize.srp:SRP",
     "music": "ssl_kit.localize.baselines:MUSIC",
@@ -166,7 +166,7 @@ def list_localizers() -> list[str]:
     return sorted(_LOCALIZERS)
 
 
-def localizer(name: str, **parameters) -> Localizer:
+def localizer(name: str, /, **parameters) -> Localizer:
     "The method called `name`, made with `parameters`; ParameterError with the known names when there is none."
     if name not in _LOCALIZERS:
         raise ParameterError(f"localizer '{name}' is unknown; there are {', '.join(list_localizers())}")
