@@ -47,7 +47,7 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--scheduler", metavar="TCP://...", help="address of a Dask scheduler, instead of --workers")
     parser.add_argument("--json", action="store_true", help="print what was made as JSON")
 
-# %% ../../nbs/arrays/simulate_command.ipynb #d2ec568c
+# %% ../../nbs/arrays/simulate_command.ipynb #d2c872eb
 def _config(args):
     "The `SceneConfig` that is asked for; raises ParameterError where it is none."
     from ssl_kit.arrays.rooms import SceneConfig
@@ -104,6 +104,6 @@ def run_simulate(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(made, indent=1))
     else:
-        print(f"{args.n} recording{'s' * (args.n > 1)} of {config.duration_s:g} s by {geometry.n_mics} mics ({geometry.label}) in "
-              f"{root / args.split}, {seconds:.1f} s")
+        print(f"{args.n} recording{'s' * (args.n > 1)} of {config.duration_s:g} s by {geometry.n_mics} mics "
+              f"({geometry.label}) in {root / args.split}, {seconds:.1f} s")
     return 0

@@ -56,7 +56,7 @@ def _draw_mics(panel, geometry: ArrayGeometry, reach_cm: float, colors) -> None:
         panel.annotate(names, xy, xytext=away, textcoords="offset points", ha="center", va="center",
                        fontsize=7 if len(places) <= 16 else 5, zorder=6, path_effects=halo)
 
-# %% ../../nbs/localize/array_picture.ipynb #98f2bba8
+# %% ../../nbs/localize/array_picture.ipynb #35a54e05
 def _checked_score(score) -> np.ndarray:
     "(direction,) scaled to 0..1."
     score = np.asarray(score, dtype=np.float64)
@@ -90,10 +90,11 @@ def _draw_arrow(panel, azimuth_deg: float, outer_cm: float, color) -> None:
     step = np.array([math.cos(angle), math.sin(angle)])
     panel.annotate("", outer_cm * step, (0, 0), zorder=4,
                    arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0})
-    panel.text(*((1.15 + 0.15 * abs(step[0])) * outer_cm * step), f"{azimuth_deg:.1f}°", color=color, ha="center", va="center", fontsize=8,
-               fontweight="bold", zorder=6)
+    place = (1.15 + 0.15 * abs(step[0])) * outer_cm * step  # the text is wider than high
+    panel.text(*place, f"{azimuth_deg:.1f}°", color=color, ha="center", va="center", fontsize=8, fontweight="bold",
+               zorder=6)
 
-# %% ../../nbs/localize/array_picture.ipynb #fe49cc1c
+# %% ../../nbs/localize/array_picture.ipynb #24904783
 def draw_array(geometry: ArrayGeometry, azimuth_deg: float | None = None, score=None, axes=None):
     """The array from above, in centimetres: mics by name, the reference ringed, +x is 0 degrees; returns the figure.
 
@@ -116,14 +117,16 @@ def draw_array(geometry: ArrayGeometry, azimuth_deg: float | None = None, score=
             panel.plot(*np.outer(edge, [inner, outer]), color="#dcdcdc", linewidth=0.5, linestyle="-", zorder=1)
             # the estimate's own label stands where it would hide one of these
             if azimuth_deg is None or abs((degrees - azimuth_deg + 180) % 360 - 180) > 16:
-                panel.text(*(1.13 * outer * edge), f"{degrees}°", ha="center", va="center", fontsize=6, color="#707070")
+                panel.text(*(1.13 * outer * edge), f"{degrees}°", ha="center", va="center", fontsize=6,
+                           color="#707070")
         if score is not None:
             _draw_score(panel, score, inner, outer, PALETTE[0])
         _draw_mics(panel, geometry, reach_cm, PALETTE)
         if azimuth_deg is not None:
             _draw_arrow(panel, float(azimuth_deg), outer, PALETTE[1])
         limit = 1.32 * outer
-        panel.set(aspect="equal", xlim=(-1.22 * limit, 1.22 * limit), ylim=(-1.25 * limit, limit), xlabel="x (cm)", ylabel="y (cm)")
+        panel.set(aspect="equal", xlim=(-1.22 * limit, 1.22 * limit), ylim=(-1.25 * limit, limit))
+        panel.set(xlabel="x (cm)", ylabel="y (cm)")
         panel.set_title(f"{geometry.label}, {geometry.n_mics} mics from above", fontsize=7)
         panel.grid(False)
         if panel.get_legend_handles_labels()[0]:

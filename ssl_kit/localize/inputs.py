@@ -18,7 +18,7 @@ from ..lab.errors import DataError, MissingDataError, ParameterError, SslKitErro
 __all__ = ['AUDIO_SUFFIXES', 'RAW_FORMATS', 'find_recordings', 'channel_files', 'file_blocks', 'RawAudio', 'raw_blocks',
            'cut_pieces']
 
-# %% ../../nbs/localize/inputs.ipynb #6e54abdc
+# %% ../../nbs/localize/inputs.ipynb #06bdc08f
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64", ".rf64")
 _CHANNEL_FILE = re.compile(r"(.+)_CH(\w+)")
 
@@ -58,12 +58,13 @@ def channel_files(path: Path, geometry) -> list[Path]:
         return []
     missing = [name for name in geometry.names if name not in there]
     if missing:
-        raise MissingDataError(f"{path}: array '{geometry.label}' has the mics {', '.join(geometry.names)}, found files "
-                               f"for the channels {', '.join(sorted(there))}; there is none for {', '.join(missing)}; "
+        raise MissingDataError(f"{path}: array '{geometry.label}' has the mics {', '.join(geometry.names)}, found "
+                               f"files for the channels {', '.join(sorted(there))}; there is none for "
+                               f"{', '.join(missing)}; "
                                "choose another array, or name the mics of a .yaml array like the channels")
     return [path.with_name(f"{path.stem}_CH{name}.flac") for name in geometry.names]
 
-# %% ../../nbs/localize/inputs.ipynb #b42b9d78
+# %% ../../nbs/localize/inputs.ipynb #aa1f6f69
 def file_blocks(path, geometry, block_s: float, sample_rate: int, channels=None) -> Iterator[np.ndarray]:
     "Blocks (mic, sample) of a recording of any length; raises as `stream_audio` and `select_channels` do."
     from ssl_kit.lab.audio import stream_audio
@@ -103,7 +104,8 @@ class RawAudio:
 def raw_blocks(pipe, raw: RawAudio, block_s: float, sample_rate: int, say=lambda text: None) -> Iterator[np.ndarray]:
     """Blocks (channel, sample) from a binary stream such as sys.stdin.buffer, until it ends.
 
-    `say` gets a line about a partial sample at the end, which is dropped. Raises DataError for values that are no audio.
+    `say` gets a line about a partial sample at the end, which is dropped. Raises DataError for values that are no
+    audio.
     """
     import soxr
 
