@@ -35,6 +35,8 @@ from ssl_kit.localize.ipdnet import (
     ipdnet_input,
 )
 from ssl_kit.localize.ipdnet_localizer import IPDNetLocalizer, VariableIPDNetLocalizer
+from ssl_kit.localize.mixtures import MixtureConfig, MixtureStream
+from ssl_kit.localize.training import TrainingConfig, train_network
 
 ARRAYS = ["6cm-5", "12cm", "3x12cm_consecutive", "respeaker"]
 FREQUENCIES = bin_frequencies_hz(64)
@@ -264,6 +266,26 @@ def test_checkpoints_bring_back_both_kinds(tmp_path):
         (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-8])
         with pytest.raises(CheckpointError):
             localizer.load(folder)
+
+
+@pytest.mark.parametrize("task", [IPDTask(IPDNetConfig(hidden=4, n_bins=8)),
+                                  VariableIPDTask(VariableIPDNetConfig(hidden=4, n_bins=8))], ids=["fixed", "any"])
+def test_both_train_and_go_on_in_the_loop_of_all_networks(tmp_path, task):
+    rng = np.random.default_rng(0)
+    responses = np.zeros((4, 5, 16), np.float32)
+    responses[:, :, 3] = 1
+    stream = MixtureStream(responses, np.float32([[90 * k, 1, 0.2] for k in range(4)]),
+                           [(8000 * rng.standard_normal(20000)).astype(np.int16)],
+                           rng.standard_normal((2, 5, 5000)).astype(np.float32), MixtureConfig(4800, 2),
+                           geometry=named_array("6cm-5"))
+    config = TrainingConfig(steps=4, epoch_steps=2, precision="32-true")
+    quiet = {"report": lambda line: None, "valid": stream, "valid_batches": 1}
+    network, history = train_network(tmp_path / "a", task, config, stream, **quiet)
+    for _ in range(2):  # each call stops after one epoch: the time limit is over at once
+        resumed, partly = train_network(tmp_path / "b", task, config, stream, time_limit_s=0, **quiet)
+    assert network.kind == task.network().kind and len(history) == 2
+    np.testing.assert_allclose([row["valid_mae_deg"] for row in partly], [row["valid_mae_deg"] for row in history])
+    torch.testing.assert_close(resumed.head.conv3.weight, network.head.conv3.weight)
 
 
 @pytest.fixture(scope="module")
