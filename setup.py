@@ -23,7 +23,7 @@ def asset_files():
 
 settings = read_settings()
 readme = HERE / "README.md"
-dev, docs = settings["dev_requirements"].split(), settings["docs_requirements"].split()
+dev, docs, distributed = (settings[f"{extra}_requirements"].split() for extra in ("dev", "docs", "distributed"))
 
 setup(
     name=settings["lib_name"],
@@ -48,6 +48,6 @@ setup(
     zip_safe=False,
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": dev, "docs": docs},
+    extras_require={"dev": dev, "docs": docs, "distributed": distributed},
     entry_points={"console_scripts": settings["console_scripts"].split()},
 )

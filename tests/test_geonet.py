@@ -33,7 +33,8 @@ def plane_wave(positions_m, azimuth_deg: float, seed: int = 0, n_samples: int = 
     toward = np.array([np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)])
     spectrum = np.fft.rfft(np.random.default_rng(seed).standard_normal(n_samples))
     lead = np.asarray(positions_m) @ toward / 343.0
-    return np.fft.irfft(spectrum * np.exp(2j * np.pi * np.fft.rfftfreq(n_samples, 1 / 16000) * lead[:, None]), n_samples)
+    turned = spectrum * np.exp(2j * np.pi * np.fft.rfftfreq(n_samples, 1 / 16000) * lead[:, None])
+    return np.fft.irfft(turned, n_samples)
 
 
 def inputs(samples, positions_m, config=SMALL):
@@ -68,7 +69,8 @@ def test_order_of_mics_and_absent_mics_do_not_matter(seed):
     plain = inputs(samples, positions)
     shuffled = np.r_[rng.permutation(len(chosen) - 1), len(chosen) - 1]      # the reference stays last
     other = inputs(samples[shuffled], positions[shuffled])
-    assert torch.allclose(plain.maps, other.maps, atol=2e-3) and torch.allclose(plain.features, other.features, atol=2e-3)
+    assert torch.allclose(plain.maps, other.maps, atol=2e-3)
+    assert torch.allclose(plain.features, other.features, atol=2e-3)
     padded = geonet_input(torch.tensor(np.pad(samples, ((2, 0), (0, 0))), dtype=torch.float32)[None],
                           torch.tensor(np.pad(positions, ((2, 0), (0, 0))), dtype=torch.float32)[None],
                           torch.tensor([[False] * 2 + [True] * len(chosen)]), SMALL)
@@ -111,7 +113,8 @@ def bank(tmp_path_factory):
 
 def stream(bank, seed=0, **changes):
     speech = [(8000 * np.random.default_rng(0).standard_normal(40000)).astype(np.int16)]
-    return ArrayMixtureStream(bank, speech, ArrayMixtureConfig(**({"n_samples": 8000, "batch_size": 3} | changes)), seed)
+    config = ArrayMixtureConfig(**({"n_samples": 8000, "batch_size": 3} | changes))
+    return ArrayMixtureStream(bank, speech, config, seed)
 
 
 def test_mixtures_depend_on_seed_and_step_alone(bank):
@@ -184,7 +187,8 @@ def test_one_array_overfits_to_its_direction():
     parts = [inputs(plane_wave(positions, a) + 0.5 * np.random.default_rng(3).standard_normal((9, 8000)), positions)
              for a in azimuths]
     prepared = (torch.cat([p.maps for p in parts]), torch.cat([p.features for p in parts]),
-                torch.cat([p.sharpness for p in parts]), torch.tensor(azimuths)[:, None].expand(-1, 5), torch.ones(4, 5))
+                torch.cat([p.sharpness for p in parts]), torch.tensor(azimuths)[:, None].expand(-1, 5),
+                torch.ones(4, 5))
     task, network = GeoNetTask(SMALL), GeoNet(SMALL).train()
     optimizer = torch.optim.AdamW(network.parameters(), 1e-2)
     for _ in range(60):

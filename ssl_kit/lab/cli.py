@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import ssl_kit
 from .errors import ParameterError, SslKitError
 
-# %% ../../nbs/lab/cli.ipynb #d16ce2e4
+# %% ../../nbs/lab/cli.ipynb #22cc7844
 COMMANDS = {
     "list": ("ssl_kit.lab.run_commands", "stages, their parameters, and runs"),
     "run": ("ssl_kit.lab.run_commands", "run a stage and what it needs"),
@@ -30,6 +30,7 @@ COMMANDS = {
     "data": ("ssl_kit.lab.data_command", "list, fetch and verify data sets"),
     "bench": ("ssl_kit.lab.bench", "measure pieces of the kit against their peers"),
     "simulate": ("ssl_kit.arrays.simulate_command", "make recordings in simulated rooms, here or on many machines"),
+    "train": ("ssl_kit.localize.train_command", "train a localizer, from speech and noise to a model"),
     "localize": ("ssl_kit.localize.command", "say where the sound in a recording comes from"),
     "doctor": ("ssl_kit.lab.doctor", "say whether this machine is ready, and what is missing"),
 }

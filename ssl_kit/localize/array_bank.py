@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ArrayBankConfig', 'make_group', 'build_array_bank', 'ArrayBank']
 
-# %% ../../nbs/localize/array_bank.ipynb #8a9256ad
+# %% ../../nbs/localize/array_bank.ipynb #672f901c
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +22,7 @@ from ..arrays.recordings import SourcePool, voice_activity
 from ..arrays.rooms import SceneConfig, sample_scene, scene_responses, speech_image
 from ..lab.corpora import SPLITS, noise_corpus, speech_corpus
 from ..lab.errors import DataError, ParameterError
-from ..lab.files import atomic_write, read_json, write_json
+from ..lab.files import read_json, write_json
 from ..lab.noises import noise_samples
 from ..lab.progress import progress
 from .mixtures import draw_response

@@ -116,12 +116,14 @@ def convert_foreign(path, config, folder, kind: str = "crnn") -> Path:
     _load_state(model, tensors, path)
     return save_checkpoint(folder, model, {"converted_from": path.name})
 
-# %% ../../nbs/localize/checkpoints.ipynb #c4488c71
+# %% ../../nbs/localize/checkpoints.ipynb #44ca4df7
 def shipped_checkpoint(name: str = "crnn_6cm") -> Path:
-    "Folder of a checkpoint that is part of the package; MissingDataError names the ones there are."
+    """Folder of a checkpoint that is part of the package, or `name` itself where it is the path of a folder with one.
+
+    MissingDataError names the ones there are."""
     base = Path(str(resources.files("ssl_kit"))) / "assets" / "checkpoints"
-    folder = base / name
-    if not (folder / "model.safetensors").is_file():
-        there = sorted(p.name for p in base.glob("*") if p.is_dir())
-        raise MissingDataError(f"checkpoint {name!r}: expected one of {there}")
-    return folder
+    for folder in (base / name, Path(name)):
+        if (folder / "model.safetensors").is_file():
+            return folder
+    there = sorted(p.name for p in base.glob("*") if p.is_dir())
+    raise MissingDataError(f"checkpoint {name!r}: expected one of {there}, or a folder with model.safetensors")

@@ -21,7 +21,7 @@ from .inputs import (RAW_FORMATS, RawAudio, channel_files, cut_pieces, file_bloc
 __all__ = ['BLOCK_S', 'WINDOW_S', 'PIECE_S', 'MARGIN_S', 'CSV_COLUMNS', 'add_localize_arguments', 'WindowStream',
            'stream_answers', 'track_row', 'localize_file', 'answers_csv', 'run_localize']
 
-# %% ../../nbs/localize/command.ipynb #690d66aa
+# %% ../../nbs/localize/command.ipynb #b26bafda
 _EXAMPLE = """examples:
   ssl-kit localize talk.wav --array respeaker
   ssl-kit localize a.flac b.flac --array 6cm --method music --json
@@ -64,6 +64,8 @@ def add_localize_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a named array, ula:MICS:SPACING_M, uca:MICS:RADIUS_M, or a .yaml/.csv file")
     parser.add_argument("--method", default="srp", metavar="NAME",
                         help="srp (default), music, mvdr, gcc-ls, crnn ...; a wrong name shows them all")
+    parser.add_argument("--checkpoint", metavar="FOLDER",
+                        help="a network of your own, as ssl-kit train leaves it (crnn, geonet, ipdnet, ipdnet-variable)")
     parser.add_argument("--channels", type=_channel_list, metavar="C,C,...",
                         help="channels of the file that hold the array's mics, in their order, counted from 0")
     parser.add_argument("--sample-rate", type=int, default=16000, metavar="HZ", help="resample to this (16000)")
@@ -79,7 +81,7 @@ def add_localize_arguments(parser: argparse.ArgumentParser) -> None:
     pipe.add_argument("--raw-rate", type=int, metavar="HZ", help="samples per second and channel")
     pipe.add_argument("--raw-channels", type=int, metavar="N", help="channels in the stream")
 
-# %% ../../nbs/localize/command.ipynb #07d3e2d6
+# %% ../../nbs/localize/command.ipynb #ab6e64f6
 BLOCK_S, WINDOW_S = 0.1, 1.0
 
 
@@ -109,7 +111,8 @@ class WindowStream:
 _SILENCE_PEAK = 1e-5  # of full scale, below the last bit of 16-bit audio
 
 
-def stream_answers(name: str, blocks: Iterable[np.ndarray], geometry, method_name: str, sample_rate: int):
+def stream_answers(name: str, blocks: Iterable[np.ndarray], geometry, method_name: str, sample_rate: int,
+                   checkpoint: str | None = None):
     "Yield a dict per block (mic, sample): file (`name`), time_s, azimuth_deg, confidence, method."
     from ssl_kit.localize.protocol import localizer
 
@@ -118,7 +121,8 @@ def stream_answers(name: str, blocks: Iterable[np.ndarray], geometry, method_nam
 
         stream = SRPStream(geometry, sample_rate)
     else:
-        stream = WindowStream(localizer(method_name), geometry, sample_rate)
+        options = {"name": checkpoint} if checkpoint else {}
+        stream = WindowStream(localizer(method_name, **options), geometry, sample_rate)
     n_heard = 0
     for block in blocks:
         answer = stream.process(block)
@@ -240,7 +244,7 @@ def _row_text(row: dict) -> str:
               for p in row.get("track", [])]
     return "\n".join(lines)
 
-# %% ../../nbs/localize/command.ipynb #c30f3565
+# %% ../../nbs/localize/command.ipynb #8ca18470
 def _raw_audio(args) -> RawAudio | None:
     "What the pipe carries, None without one; ParameterError for options that do not go together."
     given = [args.raw_format, args.raw_rate, args.raw_channels]
@@ -264,6 +268,9 @@ def _check_arguments(args, n_files: int) -> None:
         raise ParameterError("--every SECONDS: expected a positive number, with --method srp and without --stream")
     if args.elevation is not None and (args.method != "srp" or args.stream or args.every is not None):
         raise ParameterError("--elevation goes with --method srp, without --stream and --every")
+    if args.checkpoint and args.method in ("srp", "music", "mvdr", "gcc-ls"):
+        raise ParameterError(f"--checkpoint {args.checkpoint}: method {args.method} has nothing learned; say which network "
+                             "with --method")
     if args.plot and Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ParameterError(f"--plot {args.plot}: expected a name that ends in .png, .pdf or .svg")
     if args.plot and n_files > MAX_PANELS:
@@ -274,7 +281,8 @@ def _streamed_row(name: str, blocks, geometry, args) -> dict:
     "Print an answer per block as it comes; the row for CSV and picture, with all points where one of them is wanted."
     best, points, keep = None, [], args.csv or args.plot
     try:
-        for point in stream_answers(name, blocks, geometry, args.method, args.sample_rate):
+        for point in stream_answers(name, blocks, geometry, args.method, args.sample_rate,
+                                    args.checkpoint):
             print(json.dumps(point) if args.json else _stream_text(point), flush=True)
             best = point if best is None or point["confidence"] > best["confidence"] else best
             if keep:
@@ -330,6 +338,8 @@ def run_localize(args: argparse.Namespace) -> int:
         parameters = {"block_s": args.every, "context_s": 2 * args.every} if args.every else {}
         if args.elevation:
             parameters["elevation_deg"] = args.elevation
+        if args.checkpoint:
+            parameters["name"] = args.checkpoint
         method = localizer(args.method, **parameters)
 
         def answer(path):
