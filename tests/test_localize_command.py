@@ -18,6 +18,7 @@ from test_srp import plane_wave
 from ssl_kit.arrays.angles import angular_error_deg
 from ssl_kit.arrays.geometry import ArrayGeometry, named_array
 from ssl_kit.lab.audio import write_audio
+from ssl_kit.lab.cli import main
 from ssl_kit.lab.errors import DataError, MissingDataError, ParameterError
 from ssl_kit.localize.array_picture import MAX_PANELS, draw_answers, draw_array
 from ssl_kit.localize.command import add_localize_arguments, localize_file, run_localize
@@ -439,3 +440,18 @@ def test_plots_of_one_clip_of_several_and_of_tracks(clip, tmp_path):
     with pytest.raises(ParameterError, match=f"up to {MAX_PANELS} recordings, found 31"):
         localize(*[clip] * 31, "--array", "6cm", "--plot", picture)
     assert not picture.exists()
+
+
+@pytest.mark.skipif("SSL_KIT_DATA" not in os.environ, reason="SSL_KIT_DATA names no folder with the real recordings")
+def test_two_speakers_of_a_real_recording(capsys):
+    path = Path(os.environ["SSL_KIT_DATA"]) / "respeaker" / "az180_az225_50cm_1aa9a300.wav"
+    assert main(["localize", str(path), "--array", "respeaker", "--sources", "2", "--json"]) == 0
+    sources = json.loads(capsys.readouterr().out)[0]["sources"]
+    assert sorted(round(s["azimuth_deg"] / 5) * 5 for s in sources) == [180, 225]
+
+
+def test_options_of_sources_and_checkpoints_that_do_not_go_together(tmp_path, capsys):
+    assert main(["localize", "x.wav", "--array", "6cm", "--sources", "2", "--stream"]) == 2
+    assert "--sources" in capsys.readouterr().err
+    assert main(["localize", "x.wav", "--array", "6cm", "--checkpoint", str(tmp_path)]) == 2
+    assert "nothing learned" in capsys.readouterr().err

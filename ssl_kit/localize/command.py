@@ -18,15 +18,16 @@ from .inputs import (RAW_FORMATS, RawAudio, channel_files, cut_pieces, file_bloc
                                      raw_blocks)
 
 # %% auto #0
-__all__ = ['BLOCK_S', 'WINDOW_S', 'PIECE_S', 'MARGIN_S', 'CSV_COLUMNS', 'add_localize_arguments', 'WindowStream',
-           'stream_answers', 'track_row', 'localize_file', 'answers_csv', 'run_localize']
+__all__ = ['BLOCK_S', 'WINDOW_S', 'PIECE_S', 'MARGIN_S', 'SOURCES_MAX_S', 'CSV_COLUMNS', 'add_localize_arguments', 'WindowStream',
+           'stream_answers', 'track_row', 'localize_file', 'localize_several', 'answers_csv', 'run_localize']
 
-# %% ../../nbs/localize/command.ipynb #b26bafda
+# %% ../../nbs/localize/command.ipynb #fac5c7aa
 _EXAMPLE = """examples:
   ssl-kit localize talk.wav --array respeaker
   ssl-kit localize a.flac b.flac --array 6cm --method music --json
   ssl-kit localize recordings/ --array my_array.yaml --channels 1,2,3,4 --csv answers.csv
   ssl-kit localize walk.flac --array uca:8:0.1 --stream --plot walk.png
+  ssl-kit localize two.wav --array respeaker --sources 2
   arecord -q -t raw -f S16_LE -r 16000 -c 4 | \\
     ssl-kit localize - --array uca:4:0.032 --raw-rate 16000 --raw-channels 4
 
@@ -65,13 +66,15 @@ def add_localize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="srp", metavar="NAME",
                         help="srp (default), music, mvdr, gcc-ls, crnn ...; a wrong name shows them all")
     parser.add_argument("--checkpoint", metavar="FOLDER",
-                        help="a network of your own, as ssl-kit train leaves it (crnn, geonet, ipdnet, ipdnet-variable)")
+                        help="a network of your own, as ssl-kit train leaves it; --method says its kind")
     parser.add_argument("--channels", type=_channel_list, metavar="C,C,...",
                         help="channels of the file that hold the array's mics, in their order, counted from 0")
     parser.add_argument("--sample-rate", type=int, default=16000, metavar="HZ", help="resample to this (16000)")
     parser.add_argument("--every", type=float, metavar="SECONDS", help="an answer per so many seconds (srp)")
     parser.add_argument("--elevation", type=_elevations, metavar="LOW:HIGH:STEP",
                         help="search these elevations in degrees too, such as 0:60:10 (srp, whole clips)")
+    parser.add_argument("--sources", type=int, default=1, metavar="N",
+                        help="so many speak at once; their number is taken as given (srp, up to 2 minutes)")
     parser.add_argument("--stream", action="store_true", help="work through the file in blocks of 100 ms as if live")
     parser.add_argument("--json", action="store_true", help="a JSON list; with --stream one JSON object per line")
     parser.add_argument("--csv", metavar="FILE", help="write the answers there too, a row each")
@@ -200,7 +203,26 @@ def localize_file(path, geometry, method, channels=None, sample_rate: int = 1600
     track = method(read_for_array(path, geometry, sample_rate, channels), geometry, sample_rate)
     return track_row(path, track, geometry), track
 
-# %% ../../nbs/localize/command.ipynb #b5c09db5
+# %% ../../nbs/localize/command.ipynb #bb49e5da
+SOURCES_MAX_S = 120.0
+
+
+def localize_several(path, geometry, n_sources: int, channels=None, sample_rate: int = 16000):
+    "(row, track) of `n_sources` speakers; the row is that of the one heard most, with all of them under 'sources'."
+    from ssl_kit.localize.peaks import localize_sources
+    from ssl_kit.localize.protocol import AzimuthTrack, read_for_array
+
+    samples = read_for_array(path, geometry, sample_rate, channels)
+    if samples.shape[1] > SOURCES_MAX_S * sample_rate:
+        raise DataError(f"{path}: --sources expects at most {SOURCES_MAX_S:g} s, found "
+                        f"{samples.shape[1] / sample_rate:.0f} s")
+    found = localize_sources(samples, geometry, n_sources, sample_rate)
+    track = AzimuthTrack(found.azimuth_deg[:1], found.score[None], found.directions_deg, found.share[:1], "srp")
+    sources = [{"azimuth_deg": round(float(a), 2), "confidence": round(float(c), 4)}
+               for a, c in zip(found.azimuth_deg, found.share, strict=True)]
+    return {**track_row(path, track, geometry), **sources[0], "sources": sources}, track
+
+# %% ../../nbs/localize/command.ipynb #7eeae3b4
 CSV_COLUMNS = ("file", "time_s", "azimuth_deg", "confidence", "method", "array")
 
 
@@ -214,7 +236,7 @@ def answers_csv(rows: Iterable[dict]) -> str:
     writer.writeheader()
     for row in rows:
         whole = {name: value for name, value in row.items() if name != "track"}
-        writer.writerows({**whole, **point} for point in row.get("track", [{"time_s": None}]))
+        writer.writerows({**whole, **point} for point in row.get("track", row.get("sources", [{}])))
     return text.getvalue()
 
 
@@ -242,9 +264,10 @@ def _row_text(row: dict) -> str:
              f"method {row['method']}  array {row['array']}"]
     lines += [f"{p['time_s']:8.2f} s  {p['azimuth_deg']:6.1f}°  confidence {p['confidence']:.2f}"
               for p in row.get("track", [])]
+    lines += [f"{'':11}{p['azimuth_deg']:6.1f}°  confidence {p['confidence']:.2f}" for p in row.get("sources", [])[1:]]
     return "\n".join(lines)
 
-# %% ../../nbs/localize/command.ipynb #8ca18470
+# %% ../../nbs/localize/command.ipynb #8105b390
 def _raw_audio(args) -> RawAudio | None:
     "What the pipe carries, None without one; ParameterError for options that do not go together."
     given = [args.raw_format, args.raw_rate, args.raw_channels]
@@ -268,9 +291,13 @@ def _check_arguments(args, n_files: int) -> None:
         raise ParameterError("--every SECONDS: expected a positive number, with --method srp and without --stream")
     if args.elevation is not None and (args.method != "srp" or args.stream or args.every is not None):
         raise ParameterError("--elevation goes with --method srp, without --stream and --every")
+    if args.sources != 1 and (args.sources < 1 or args.method != "srp" or args.stream or args.every is not None
+                              or args.elevation is not None):
+        raise ParameterError("--sources N: expected at least 1, with --method srp and without --stream, --every and "
+                             f"--elevation, found {args.sources}")
     if args.checkpoint and args.method in ("srp", "music", "mvdr", "gcc-ls"):
-        raise ParameterError(f"--checkpoint {args.checkpoint}: method {args.method} has nothing learned; say which network "
-                             "with --method")
+        raise ParameterError(f"--checkpoint {args.checkpoint}: method {args.method} has nothing learned; say which "
+                             "network with --method")
     if args.plot and Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ParameterError(f"--plot {args.plot}: expected a name that ends in .png, .pdf or .svg")
     if args.plot and n_files > MAX_PANELS:
@@ -343,7 +370,10 @@ def run_localize(args: argparse.Namespace) -> int:
         method = localizer(args.method, **parameters)
 
         def answer(path):
-            row, track = localize_file(path, geometry, method, args.channels, args.sample_rate, args.every)
+            if args.sources > 1:
+                row, track = localize_several(path, geometry, args.sources, args.channels, args.sample_rate)
+            else:
+                row, track = localize_file(path, geometry, method, args.channels, args.sample_rate, args.every)
             if not args.json:
                 print(_row_text(row), flush=True)
             return row, track if args.plot else None  # the maps of a folder of files fill the memory
