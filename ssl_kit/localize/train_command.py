@@ -15,14 +15,14 @@ from ..lab.errors import ParameterError
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'make_task', 'make_streams', 'add_train_arguments', 'chosen_recipe', 'run_train']
 
-# %% ../../nbs/localize/train_command.ipynb #d2461b6d
+# %% ../../nbs/localize/train_command.ipynb #5acb8998
 @dataclass(frozen=True)
 class Recipe:
     "Sizes of one training."
     kind: str
     pool: str = "any"               # "any" array, or the "ring" that --array names
     array: str = "6cm"              # of the ring
-    steps: int = 4000
+    steps: int = 1500
     epoch_steps: int = 250
     batch_size: int = 16
     clip_s: float = 2.0
@@ -40,7 +40,7 @@ RECIPES = {
     "geonet": Recipe("geonet"),
     "ipdnet": Recipe("ipdnet", "ring", "6cm-5", steps=2250, epoch_steps=150, batch_size=8, clip_s=1.0, rooms=12000,
                      snr_db=(-5.0, 20.0), point_noise_share=0.4),
-    "ipdnet-variable": Recipe("ipdnet-variable", steps=1500, epoch_steps=150, batch_size=8, clip_s=1.0,
+    "ipdnet-variable": Recipe("ipdnet-variable", steps=1000, epoch_steps=100, batch_size=8, clip_s=1.0,
                               n_mics=(4, 5), snr_db=(-5.0, 20.0), point_noise_share=0.4, walk_share=0.0),
     "crnn": Recipe("crnn", "ring", "6cm", steps=14000, batch_size=16, clip_s=1.0, learning_rate=1e-3, rooms=12000,
                    snr_db=(-5.0, 20.0), point_noise_share=0.4),
