@@ -15,7 +15,7 @@ from ..lab.errors import ParameterError
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'make_task', 'make_streams', 'add_train_arguments', 'chosen_recipe', 'run_train']
 
-# %% ../../nbs/localize/train_command.ipynb #5acb8998
+# %% ../../nbs/localize/train_command.ipynb #3dd30a9b
 @dataclass(frozen=True)
 class Recipe:
     "Sizes of one training."
@@ -38,9 +38,9 @@ class Recipe:
 
 RECIPES = {
     "geonet": Recipe("geonet"),
-    "ipdnet": Recipe("ipdnet", "ring", "6cm-5", steps=2250, epoch_steps=150, batch_size=8, clip_s=1.0, rooms=12000,
-                     snr_db=(-5.0, 20.0), point_noise_share=0.4),
-    "ipdnet-variable": Recipe("ipdnet-variable", steps=1000, epoch_steps=100, batch_size=8, clip_s=1.0,
+    "ipdnet": Recipe("ipdnet", "ring", "6cm-5", epoch_steps=150, batch_size=24, clip_s=0.3, learning_rate=4e-3,
+                     rooms=12000, snr_db=(-5.0, 20.0), point_noise_share=0.4),
+    "ipdnet-variable": Recipe("ipdnet-variable", steps=1000, epoch_steps=100, clip_s=0.3, learning_rate=4e-3,
                               n_mics=(4, 5), snr_db=(-5.0, 20.0), point_noise_share=0.4, walk_share=0.0),
     "crnn": Recipe("crnn", "ring", "6cm", steps=14000, batch_size=16, clip_s=1.0, learning_rate=1e-3, rooms=12000,
                    snr_db=(-5.0, 20.0), point_noise_share=0.4),
@@ -62,7 +62,7 @@ def make_task(recipe: Recipe):
     from ssl_kit.localize.ipdnet import IPDNetConfig, IPDTask, VariableIPDTask
     return IPDTask(IPDNetConfig(n_mics=n_mics)) if recipe.kind == "ipdnet" else VariableIPDTask()
 
-# %% ../../nbs/localize/train_command.ipynb #92fca076
+# %% ../../nbs/localize/train_command.ipynb #ea1eaf76
 def _noise_clips(names, split: str) -> list:
     from ssl_kit.lab.corpora import noise_corpus
 
@@ -79,7 +79,8 @@ def _any_stream(recipe: Recipe, folder: Path, split: str, speech: str, noise, ut
     groups = max(1, recipe.rooms // rooms) if train else max(1, recipe.rooms // 400)
     config = ArrayBankConfig(groups=groups, rooms=rooms, walks=3 if train else 4, speech=speech, noise=tuple(noise))
     build_array_bank(folder, config, seed=recipe.seed, split=split, workers=workers, scheduler=scheduler)
-    mixtures = ArrayMixtureConfig(round(recipe.clip_s * 16000), recipe.batch_size, recipe.n_mics,
+    clip_s = recipe.clip_s if train else max(recipe.clip_s, 1.0)
+    mixtures = ArrayMixtureConfig(round(clip_s * 10) * 1600, recipe.batch_size, recipe.n_mics,
                                   recipe.snr_db if train else (5.0, 25.0), recipe.walk_share,
                                   recipe.point_noise_share)
     return ArrayMixtureStream(ArrayBank(folder), utterances, mixtures, recipe.seed if train else recipe.seed + 1)
@@ -121,7 +122,7 @@ def make_streams(recipe: Recipe, folder, speech: str = "embedded", noise=("synth
             streams[split] = _ring_stream(recipe, where, split, noise, utterances, workers)
     return streams
 
-# %% ../../nbs/localize/train_command.ipynb #38074843
+# %% ../../nbs/localize/train_command.ipynb #aeb04162
 _EXAMPLE = """examples:
   ssl-kit train geonet my_model --speech librispeech --noise synthetic,esc10,ambience
   ssl-kit train ipdnet square --array 6cm-5 --steps 600 --batch-size 4
@@ -148,6 +149,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixers", type=int, default=1, metavar="N", help="processes that mix ahead (1)")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="GPUs, or processes on a CPU (1)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to train (auto)")
+    parser.add_argument("--start", metavar="CHECKPOINT", help="go on from this network, say with longer clips")
+    parser.add_argument("--rooms-in", metavar="FOLDER", help="rooms are there, or are put there (default: FOLDER)")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="make rooms on the workers of a Dask scheduler")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop cleanly before so many seconds")
     parser.add_argument("--json", action="store_true", help="print the history as JSON at the end")
@@ -173,21 +176,23 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
 
 def run_train(args: argparse.Namespace) -> int:
     "Train; exit code 0 when the training is complete, 3 when the time limit came first. Raises the kit's errors."
-    from ssl_kit.localize.checkpoints import save_checkpoint
+    from ssl_kit.localize.checkpoints import load_checkpoint, save_checkpoint
     from ssl_kit.localize.training import TrainingConfig, train_network
 
     recipe, folder = chosen_recipe(args), Path(args.folder)
     noise = [name for name in args.noise.split(",") if name]
-    streams = make_streams(recipe, folder, args.speech, noise, args.workers, args.scheduler)
+    start = load_checkpoint(args.start)[0] if args.start else None
+    streams = make_streams(recipe, args.rooms_in or folder, args.speech, noise, args.workers, args.scheduler)
     config = TrainingConfig(steps=recipe.steps, epoch_steps=recipe.epoch_steps, learning_rate=recipe.learning_rate,
                             warmup_steps=min(100, recipe.steps // 4), loss=recipe.loss, workers=args.mixers,
                             seed=recipe.seed)
     network, history = train_network(folder / "training", make_task(recipe), config, streams["train"],
                                      streams["valid"], valid_batches=6, time_limit_s=args.time_limit,
                                      device=args.device, report=(lambda line: None) if args.json else print,
-                                     devices=args.devices)
+                                     start=start, devices=args.devices)
     about = {"speech": args.speech, "noise": noise, "steps": history[-1]["step"], "of": recipe.steps,
-             "valid_mae_deg": history[-1]["valid_mae_deg"]} | ({"array": recipe.array} if recipe.pool == "ring" else {})
+             "clip_s": recipe.clip_s, "started_from": args.start, "valid_mae_deg": history[-1]["valid_mae_deg"]}
+    about |= {"array": recipe.array} if recipe.pool == "ring" else {}
     save_checkpoint(folder / "checkpoint", network, about)
     done = history[-1]["step"] == recipe.steps
     if args.json:

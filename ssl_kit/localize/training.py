@@ -149,7 +149,7 @@ def _to(prepared: tuple, device) -> tuple:
     "The tensors on a device."
     return tuple(part.to(device) for part in prepared)
 
-# %% ../../nbs/localize/training.ipynb #fa684f8a
+# %% ../../nbs/localize/training.ipynb #746dd47f
 class _State:
     "Model, average, optimizer and history of one training, saved and restored together."
 
@@ -160,6 +160,14 @@ class _State:
         self.optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay,
                                            fused=True)
         self.step, self.history = 0, []
+
+    def begin_with(self, network: torch.nn.Module) -> None:
+        "Take the weights of a network of the same configuration; ParameterError for another one."
+        if type(network) is not type(self.model) or network.config != self.model.config:
+            raise ParameterError(f"start: expected a {self.model.kind} with {self.model.config}, found a "
+                                 f"{network.kind} with {network.config}")
+        self.model.load_state_dict(network.state_dict())
+        self.average.load_state_dict(network.state_dict())
 
     def update_average(self) -> None:
         "Move the average towards the weights; fast at first, so that it forgets the initialisation."
@@ -197,7 +205,7 @@ class _State:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.history = saved["step"], saved["history"]
 
-# %% ../../nbs/localize/training.ipynb #50ecf0f5
+# %% ../../nbs/localize/training.ipynb #a447d495
 def train_network(
     folder,                             # last.ckpt and history.json are kept here; an earlier run in it is resumed
     task: Task,
@@ -208,6 +216,7 @@ def train_network(
     time_limit_s: float | None = None,  # stop cleanly before this many seconds have passed
     device: str = "auto",               # "cpu", "cuda", "auto"
     report=print,                       # called with one line an epoch
+    start: torch.nn.Module | None = None,  # a network to go on from, where `folder` holds no training yet
     devices: int = 1,                   # processes, one for each GPU; above 1 the calling script is started again for each
 ) -> tuple[torch.nn.Module, list[dict]]:
     """Train, or go on training; returns the averaged network on the CPU and the history (one dict an epoch).
@@ -224,6 +233,8 @@ def train_network(
     state = _State(task, config, train, devices)
     if (folder / "last.ckpt").exists():
         state.load(folder / "last.ckpt")
+    elif start is not None:
+        state.begin_with(start)
     network, optimizer = fabric.setup(state.model, state.optimizer)
     state.average.to(fabric.device)
     loader = torch.utils.data.DataLoader(
