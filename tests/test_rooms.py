@@ -356,3 +356,11 @@ def test_pieces_of_speech_are_mostly_speech():
         assert piece.shape == (16000,) and voice_activity(piece).mean() >= 0.3
     with pytest.raises(DataError, match="at least one"):
         SourcePool([], [])
+
+
+def test_mixing_without_an_active_frame_is_refused():
+    "A mean over nothing would make every sample NaN."
+    from ssl_kit.arrays.rooms import mix_at_snr
+
+    with pytest.raises(DataError, match="active frame"):
+        mix_at_snr(np.ones((2, 3200)), np.ones((2, 3200)), 5.0, np.zeros(2, bool))

@@ -317,7 +317,7 @@ def diffuse_noise(clip, layout: ArrayGeometry, rows, rng, sample_rate=16000, spe
     spectrum = _diffuse_spectrum(layout, rows, rng, len(clip), sample_rate, speed_of_sound)
     return istft(spectrum * _noise_envelope(clip), 512, 256, length=len(clip))
 
-# %% ../../nbs/arrays/rooms.ipynb #d71213d1
+# %% ../../nbs/arrays/rooms.ipynb #a86de157
 PEAK = 0.3  # of the reference mic; mics closer to the source stay below full scale
 
 
@@ -372,6 +372,8 @@ def render_scene(scene: Scene, geometry: ArrayGeometry, config: SceneConfig, poo
 def mix_at_snr(speech, noise, snr_db: float, active, sample_rate: int = 16000) -> np.ndarray:
     "speech + g noise, (mic, sample), with `snr_db` between them in mic 0 over the active 10 Hz frames (frame,)."
     mask = np.repeat(np.asarray(active, bool), sample_rate // LABEL_RATE_HZ)[:speech.shape[1]]
+    if not mask.any():
+        raise DataError(f"mixing at {snr_db} dB needs an active frame, found none in {len(np.atleast_1d(active))}")
     speech_power = np.mean(speech[0][mask].astype(np.float64) ** 2)
     noise_power = np.mean(noise[0][mask].astype(np.float64) ** 2)
     if speech_power <= 0 or noise_power <= 0:
