@@ -37,8 +37,9 @@ def network_class(kind: str) -> type:
     module, _, name = _KINDS[kind].partition(":")
     return getattr(importlib.import_module(module), name)
 
-# %% ../../nbs/localize/checkpoints.ipynb #af445ee0
-def save_checkpoint(folder, model: torch.nn.Module, about: dict | None = None, dtype: torch.dtype = torch.float32) -> Path:
+# %% ../../nbs/localize/checkpoints.ipynb #788b0643
+def save_checkpoint(folder, model: torch.nn.Module, about: dict | None = None,
+                    dtype: torch.dtype = torch.float32) -> Path:
     "Write model.safetensors and config.json (shape of the network, `about`, hash of the weights) into `folder`."
     folder = Path(folder)
     tensors = {k: v.detach().cpu().to(dtype if v.is_floating_point() else v.dtype).contiguous()

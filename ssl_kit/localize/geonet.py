@@ -20,7 +20,7 @@ from ..lab.stft import stft
 from .crnn import decode_azimuth, localization_loss
 from .mixtures import Batch
 
-# %% ../../nbs/localize/geonet.ipynb #813a58fc
+# %% ../../nbs/localize/geonet.ipynb #a3cf5e2a
 @dataclass(frozen=True)
 class GeoNetConfig:
     "Shape of a `GeoNet`; written into its checkpoint."
@@ -41,8 +41,8 @@ class GeoNetConfig:
     def __post_init__(self):
         first, last = self.bins
         if not 1 <= first < last <= self.n_fft // 2 or not 1 <= self.n_bands <= last - first:
-            raise ParameterError(f"bins and n_bands: expected bins within 1..{self.n_fft // 2} and at most one band per "
-                                 f"bin, found {self.bins} and {self.n_bands}")
+            raise ParameterError(f"bins and n_bands: expected bins within 1..{self.n_fft // 2} and at most one band "
+                                 f"per bin, found {self.bins} and {self.n_bands}")
         object.__setattr__(self, "bins", tuple(self.bins))
         object.__setattr__(self, "elevation_deg", tuple(self.elevation_deg))
 
@@ -61,7 +61,7 @@ class GeoNetConfig:
             edges[k] = max(edges[k], edges[k - 1] + 1)
         return edges
 
-# %% ../../nbs/localize/geonet.ipynb #5bbd3010
+# %% ../../nbs/localize/geonet.ipynb #81882d7f
 @dataclass(frozen=True)
 class ArrayTables:
     """What depends on the geometry alone, for M microphones and D directions, all real.
@@ -94,7 +94,7 @@ def array_tables(positions_m: torch.Tensor, config: GeoNetConfig) -> ArrayTables
         steering.append(both)
     phase = 2 * torch.pi * frequency[:, None, None] * delay
     steering.append(torch.stack([phase.cos(), phase.sin()], 2) / len(points))
-    waves = torch.stack(steering)                                                                # (map, freq, mic, 2, dir)
+    waves = torch.stack(steering)                                                        # (map, freq, mic, 2, dir)
     real, imaginary = waves[..., 0, :], waves[..., 1, :]
     matrix = torch.cat([torch.cat([real, -imaginary], -1), torch.cat([imaginary, real], -1)], -2)
     first = torch.complex(real[0], imaginary[0])
@@ -124,7 +124,7 @@ def evidence_maps(spectrum: torch.Tensor, tables: ArrayTables, out: torch.Tensor
             out[k, piece] = score.sub_(score.mean(-1, keepdim=True))
     return out
 
-# %% ../../nbs/localize/geonet.ipynb #96b6e58a
+# %% ../../nbs/localize/geonet.ipynb #9510f115
 def bin_features(reference: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     "Features (batch, 4, freq, frame) of the reference mic (batch, freq, frame) and the maps' peaks."
     power = reference.real.square() + reference.imag.square()
@@ -136,7 +136,7 @@ def bin_features(reference: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 
 class GeoNetInput:
     """What the network takes: maps (batch, map, freq, frame, direction), features (batch, 4, freq, frame), sharpness
-    (batch, band, direction). Not a dataclass: Lightning looks into those and would turn half precision maps to single."""
+    (batch, band, direction). Not a dataclass: Lightning looks into those and would turn half precision to single."""
 
     def __init__(self, maps: torch.Tensor, features: torch.Tensor, sharpness: torch.Tensor):
         self.maps, self.features, self.sharpness = maps, features, sharpness
@@ -164,7 +164,7 @@ def geonet_input(samples: torch.Tensor, positions_m: torch.Tensor, mic_mask: tor
         evidence_maps(x[present], table, out)
     return GeoNetInput(maps, bin_features(spectrum[:, -1], maps), torch.stack([t.sharpness for t in known]))
 
-# %% ../../nbs/localize/geonet.ipynb #edc4fa4f
+# %% ../../nbs/localize/geonet.ipynb #cf7a18e2
 class _MaskNet(nn.Module):
     "Features (batch, 4, freq, frame) to masks (batch, 2, freq, frame) in (0, 1)."
 
@@ -243,7 +243,7 @@ class GeoNet(nn.Module):
             w = weight[:, :, a:b].permute(0, 3, 1, 2, 4).flatten(3)                       # (batch, step, 2, freq*frame)
             m = split[:, :, a:b].permute(0, 3, 2, 4, 1, 5).flatten(4).flatten(2, 3)       # (batch, step, f*t, map*dir)
             bands.append((w.to(m.dtype) @ m).float() / (w.sum(-1, keepdim=True) + 1e-3))
-        pooled = torch.stack(bands, 2)                                                    # (batch, step, band, 2, map*dir)
+        pooled = torch.stack(bands, 2)                                           # (batch, step, band, 2, map*dir)
         pooled = pooled.reshape(batch, steps, -1, n_directions).transpose(1, 2)
         level = x.features[:, :2].reshape(batch, 2, n_freq, steps, cfg.frames_per_step).mean(-1)
         about = torch.cat([weight.mean(-1), level], 1)                                    # (batch, 4, freq, step)

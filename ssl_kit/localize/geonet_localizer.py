@@ -34,7 +34,7 @@ def finer_logits(logits: np.ndarray, n_directions: int = 360) -> np.ndarray:
         spectrum[..., -1] *= 0.5  # the highest frequency is shared by both signs
     return np.fft.irfft(spectrum, n_directions, axis=-1) * (n_directions / n)
 
-# %% ../../nbs/localize/geonet_localizer.ipynb #87474ace
+# %% ../../nbs/localize/geonet_localizer.ipynb #b422c21f
 _PIECE_FRAMES, _EDGE_FRAMES = 80, 15     # of 100 ms
 
 
@@ -111,5 +111,5 @@ def check_planar(geometry: ArrayGeometry) -> None:
     points = geometry.positions_m[:, :2] - geometry.positions_m[:, :2].mean(0)
     extent = np.linalg.svd(points, compute_uv=False) if geometry.n_mics >= 3 else np.zeros(2)
     if extent[1] < 0.02 * max(extent[0], 1e-9):
-        raise ParameterError(f"array '{geometry.label}': its {geometry.n_mics} mics lie on one line seen from above, so "
-                             "left and right of it are the same; expected at least three that do not")
+        raise ParameterError(f"array '{geometry.label}': its {geometry.n_mics} mics lie on one line seen from above, "
+                             "so left and right of it are the same; expected at least three that do not")

@@ -130,7 +130,7 @@ def diffuse_bank(
         bank[row] = diffuse_field(sources, geometry.positions_m, sample_rate)
     return bank
 
-# %% ../../nbs/localize/mixtures.ipynb #91829e2d
+# %% ../../nbs/localize/mixtures.ipynb #86478097
 @dataclass(frozen=True)
 class MixtureConfig:
     "How training clips are drawn from a response bank."
@@ -221,8 +221,8 @@ class MixtureStream:
         self.responses, self.facts, self.speech, self.noises = responses, facts, speech, noises
         self.geometry = geometry.require_order("reference_last") if geometry is not None else None
         if geometry is not None and geometry.n_mics != responses.shape[1]:
-            raise ParameterError(f"geometry: the responses have {responses.shape[1]} mics, array '{geometry.label}' has "
-                                 f"{geometry.n_mics}")
+            raise ParameterError(f"geometry: the responses have {responses.shape[1]} mics, array "
+                                 f"'{geometry.label}' has {geometry.n_mics}")
         self.config, self.seed = config or MixtureConfig(), seed
         self.point_rows = np.arange(len(noises)) if point_rows is None else np.asarray(point_rows)
         needed = self.config.n_samples + (responses.shape[2] if self.config.point_noise_share else 0)

@@ -205,7 +205,7 @@ class _State:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.history = saved["step"], saved["history"]
 
-# %% ../../nbs/localize/training.ipynb #a447d495
+# %% ../../nbs/localize/training.ipynb #cba46594
 def train_network(
     folder,                             # last.ckpt and history.json are kept here; an earlier run in it is resumed
     task: Task,
@@ -217,7 +217,7 @@ def train_network(
     device: str = "auto",               # "cpu", "cuda", "auto"
     report=print,                       # called with one line an epoch
     start: torch.nn.Module | None = None,  # a network to go on from, where `folder` holds no training yet
-    devices: int = 1,                   # processes, one for each GPU; above 1 the calling script is started again for each
+    devices: int = 1,                   # processes, one for each GPU; above 1 the calling script runs in each
 ) -> tuple[torch.nn.Module, list[dict]]:
     """Train, or go on training; returns the averaged network on the CPU and the history (one dict an epoch).
 
