@@ -74,7 +74,7 @@ def plane_wave_ipd(
     phase = 2 * torch.pi * frequencies_hz.to(torch.float64)[:, None] * lead_s[:, :, None]
     return IPD(phase.cos().float(), phase.sin().float())
 
-# %% ../../nbs/localize/ipd.ipynb #17e4697c
+# %% ../../nbs/localize/ipd.ipynb #9f7a5d3d
 def ipd_target(
     positions_m: torch.Tensor,      # (batch, mic, 3) metres, reference mic last
     azimuth_deg: torch.Tensor,      # (batch, frame)
@@ -85,7 +85,7 @@ def ipd_target(
     "What a network shall predict: the plane wave's IPD where there is speech, the diffuse coherence where there isn't."
     wave = plane_wave_ipd(positions_m, azimuth_deg, frequencies_hz, speed_of_sound)
     distance_m = torch.linalg.vector_norm(positions_m[:, :-1] - positions_m[:, -1:], dim=-1)
-    diffuse = torch.sinc(2 * frequencies_hz * distance_m[..., None] / speed_of_sound)[..., None]  # (batch, pair, freq, 1)
+    diffuse = torch.sinc(2 * frequencies_hz * distance_m[..., None] / speed_of_sound)[..., None]
     share = activity[:, None, None].to(wave.real.dtype)
     return IPD(share * wave.real + (1 - share) * diffuse, share * wave.imag)
 
@@ -137,7 +137,7 @@ def peak_azimuth_deg(score) -> np.ndarray:
     shift = np.where(curvature < 0, (left - right) / (2 * np.minimum(curvature, -1e-12)), 0.0)
     return (peak + np.clip(shift, -0.5, 0.5)) * (360.0 / n) % 360.0
 
-# %% ../../nbs/localize/ipd.ipynb #9db06704
+# %% ../../nbs/localize/ipd.ipynb #245f1209
 def decode_confidence(score, positions_m: torch.Tensor, frequencies_hz: torch.Tensor,
                       speed_of_sound: float = SPEED_OF_SOUND) -> np.ndarray:
     "Confidence (frame,) in [0, 1] of scores (frame, direction) of one array `positions_m` (1, mic, 3)."
@@ -147,5 +147,6 @@ def decode_confidence(score, positions_m: torch.Tensor, frequencies_hz: torch.Te
     templates = plane_wave_ipd(positions_m, directions, frequencies_hz.to(positions_m.device), speed_of_sound)
     # the score of a perfect wave is 1 at its own direction; its mean over the circle is its product with the mean wave
     circle = templates.channels()
-    contrast = 1 - (circle * circle.mean(-1, keepdim=True)).sum(1).mean((0, 1)).cpu().double().numpy() / len(circle[0]) * 2
+    agreement = (circle * circle.mean(-1, keepdim=True)).sum(1).mean((0, 1)) / (circle.shape[1] / 2)
+    contrast = 1 - agreement.cpu().double().numpy()
     return np.clip((score.max(-1) - score.mean(-1)) / contrast[score.argmax(-1)], 0.0, 1.0)

@@ -190,7 +190,7 @@ class IPDNet(nn.Module):
         "Phase differences (batch, 2 * (mic - 1), freq, frame // 5), [real | imaginary]."
         return self.forward_with_intermediates(x)[0]
 
-# %% ../../nbs/localize/ipdnet.ipynb #8ab81e6c
+# %% ../../nbs/localize/ipdnet.ipynb #bddf0a68
 class VariableIPDNet(nn.Module):
     "The same weights for each pair: (batch, 2 * mic, freq, frame) to (batch, 2 * (mic - 1), freq, frame // 5)."
 
@@ -204,15 +204,15 @@ class VariableIPDNet(nn.Module):
         self.head = _Head(widths[-1], 2, config.causal, config.residual)
 
     def forward_with_intermediates(self, x: torch.Tensor, mic_mask: torch.Tensor | None = None):
-        """Phase differences, [real | imaginary] over pairs, and features (batch, frame // 5, 256), their mean over pairs.
+        """Phase differences, [real | imaginary] over pairs, and features (batch, frame // 5, 256) averaged over pairs.
 
         mic_mask: (batch, mic), 0 for padded microphones; their phase differences come out as 0. The reference is last
         and always there."""
         batch, n_mics = x.shape[0], x.shape[1] // 2
         mask = x.new_ones(batch, n_mics) if mic_mask is None else mic_mask
         if mask.shape != (batch, n_mics) or n_mics < 2 or not bool((mask[:, :-1] > 0).any(1).all()):
-            raise ParameterError(f"mic_mask: expected (batch, mic) = {(batch, n_mics)} with a mic beside the reference in "
-                                 f"each clip, found shape {tuple(mask.shape)}")
+            raise ParameterError(f"mic_mask: expected (batch, mic) = {(batch, n_mics)} with a mic beside the reference "
+                                 f"in each clip, found shape {tuple(mask.shape)}")
         clip, mic = (mask[:, :-1] > 0).nonzero(as_tuple=True)            # of each valid pair
         spectrum = x.unflatten(1, (2, n_mics)).permute(0, 2, 4, 3, 1)     # (batch, mic, frame, freq, re/im)
         beside = torch.cat([spectrum[clip, mic], spectrum[clip, -1]], dim=-1)
@@ -253,7 +253,7 @@ def _clip_scores(output, positions_m, activity, config, pair_mask=None):
     score = direction_scores(ipd, positions_m, frequencies, pair_mask)
     return (score * activity[..., None]).sum(1) / activity.sum(1, keepdim=True).clamp(min=1e-6)
 
-# %% ../../nbs/localize/ipdnet.ipynb #96a31fa7
+# %% ../../nbs/localize/ipdnet.ipynb #bd6b1536
 class IPDTask:
     "How an `IPDNet` is trained; every clip is of the array that its mixtures are made for."
 
@@ -267,8 +267,8 @@ class IPDTask:
     def prepare(self, batch) -> tuple[torch.Tensor, ...]:
         "Input, target, positions, activity. ParameterError for another number of microphones."
         if batch.samples.shape[1] != self.config.n_mics or not bool(batch.mic_mask.all()):
-            raise ParameterError(f"samples: this network has {self.config.n_mics} mics, found {batch.samples.shape[1]}, "
-                                 f"{int((~batch.mic_mask.bool()).sum())} of them padded")
+            raise ParameterError(f"samples: this network has {self.config.n_mics} mics, found {batch.samples.shape[1]}"
+                                 f", {int((~batch.mic_mask.bool()).sum())} of them padded")
         return _label_inputs(batch, self.config)
 
     def loss(self, network, prepared, training=None) -> torch.Tensor:

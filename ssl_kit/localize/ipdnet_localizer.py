@@ -18,14 +18,14 @@ from .ipd import (IPD, bin_frequencies_hz, decode_confidence, direction_scores, 
 from .ipdnet import LABEL_FRAMES, IPDNet, VariableIPDNet, ipdnet_input
 from .protocol import AzimuthTrack, check_recording
 
-# %% ../../nbs/localize/ipdnet_localizer.ipynb #9cddbf18
+# %% ../../nbs/localize/ipdnet_localizer.ipynb #1555ae14
 _PIECE_LABELS, _EDGE_LABELS = 80, 15     # of 100 ms
 
 
 @torch.no_grad()
 def run_in_pieces(model, samples) -> tuple[np.ndarray, np.ndarray]:
-    """Phase differences (batch, 2 * pair, freq, frame), [real | imaginary], and features (batch, frame, 256) at 10 Hz of
-    samples (batch, mic, sample), reference mic last. DataError for less than one label."""
+    """Phase differences (batch, 2 * pair, freq, frame), [real | imaginary], and features (batch, frame, 256) at 10 Hz
+    of samples (batch, mic, sample), reference mic last. DataError for less than one label."""
     config, device = model.config, next(model.parameters()).device
     step = LABEL_FRAMES * config.hop_length
     x = torch.as_tensor(np.ascontiguousarray(samples, np.float32))
@@ -67,7 +67,7 @@ def _loaded(folder, kind: type) -> tuple[torch.nn.Module, dict]:
         raise ParameterError(f"{folder}: expected a checkpoint of kind {kind.kind!r}, found {model.kind!r}")
     return model, about["about"]
 
-# %% ../../nbs/localize/ipdnet_localizer.ipynb #0ed6982b
+# %% ../../nbs/localize/ipdnet_localizer.ipynb #d71c14bb
 class IPDNetLocalizer:
     "A trained `IPDNet` by the `Localizer` protocol; strict: another array than the trained one is refused."
 
@@ -103,11 +103,11 @@ class IPDNetLocalizer:
         return track_of(output[0], trained, self.config, "ipdnet")
 
     def intermediates(self, samples) -> tuple[np.ndarray, np.ndarray]:
-        """Phase differences (batch, 2 * (mic - 1), freq, frame) and features (batch, frame, 256) of samples (batch, mic,
-        sample), reference last."""
+        """Phase differences (batch, 2 * (mic - 1), freq, frame) and features (batch, frame, 256) of samples (batch,
+        mic, sample), reference last."""
         return run_in_pieces(self.model, samples)
 
-# %% ../../nbs/localize/ipdnet_localizer.ipynb #d1113b25
+# %% ../../nbs/localize/ipdnet_localizer.ipynb #0ac09bb1
 class VariableIPDNetLocalizer:
     "A trained `VariableIPDNet` by the `Localizer` protocol, for any array of at least 3 mics not on one line."
 
@@ -133,6 +133,6 @@ class VariableIPDNetLocalizer:
         return track_of(self.intermediates(samples[None])[0][0], geometry, self.config, "ipdnet-variable")
 
     def intermediates(self, samples) -> tuple[np.ndarray, np.ndarray]:
-        """Phase differences (batch, 2 * (mic - 1), freq, frame) and features (batch, frame, 256) of samples (batch, mic,
-        sample), reference last."""
+        """Phase differences (batch, 2 * (mic - 1), freq, frame) and features (batch, frame, 256) of samples (batch,
+        mic, sample), reference last."""
         return run_in_pieces(self.model, samples)
