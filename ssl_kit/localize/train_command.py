@@ -15,7 +15,7 @@ from ..lab.errors import ParameterError
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'make_task', 'make_streams', 'add_train_arguments', 'chosen_recipe', 'run_train']
 
-# %% ../../nbs/localize/train_command.ipynb #3dd30a9b
+# %% ../../nbs/localize/train_command.ipynb #4b3cb812
 @dataclass(frozen=True)
 class Recipe:
     "Sizes of one training."
@@ -38,10 +38,11 @@ class Recipe:
 
 RECIPES = {
     "geonet": Recipe("geonet"),
-    "ipdnet": Recipe("ipdnet", "ring", "6cm-5", epoch_steps=150, batch_size=24, clip_s=0.3, learning_rate=4e-3,
-                     rooms=12000, snr_db=(-5.0, 20.0), point_noise_share=0.4),
-    "ipdnet-variable": Recipe("ipdnet-variable", steps=1000, epoch_steps=100, clip_s=0.3, learning_rate=4e-3,
-                              n_mics=(4, 5), snr_db=(-5.0, 20.0), point_noise_share=0.4, walk_share=0.0),
+    "ipdnet": Recipe("ipdnet", "ring", "6cm-5", steps=1200, epoch_steps=80, clip_s=0.5, learning_rate=3e-3, rooms=12000,
+                     snr_db=(0.0, 20.0), point_noise_share=0.0),
+    "ipdnet-variable": Recipe("ipdnet-variable", steps=700, epoch_steps=70, batch_size=8, clip_s=0.5,
+                              learning_rate=3e-3, n_mics=(4, 5), snr_db=(0.0, 20.0), point_noise_share=0.0,
+                              walk_share=0.0),
     "crnn": Recipe("crnn", "ring", "6cm", steps=14000, batch_size=16, clip_s=1.0, learning_rate=1e-3, rooms=12000,
                    snr_db=(-5.0, 20.0), point_noise_share=0.4),
 }
