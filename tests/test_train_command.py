@@ -24,8 +24,8 @@ def test_from_speech_to_a_model_that_localizes(tmp_path, capsys):
     track = method(np.random.default_rng(0).standard_normal((4, 8000)), named_array("respeaker"))
     assert track.n_frames == 5
     # the rooms serve another training, which starts where this one ended
-    code = main(["train", "ipdnet-variable", str(tmp_path / "longer"), *SMALL, "--start", done["checkpoint"], "--rooms-in",
-                 str(folder)])
+    code = main(["train", "ipdnet-variable", str(tmp_path / "longer"), *SMALL, "--start", done["checkpoint"],
+                 "--rooms-in", str(folder)])
     assert code == 0 and not (tmp_path / "longer" / "rooms_train").exists()
 
 
