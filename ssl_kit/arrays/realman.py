@@ -23,11 +23,11 @@ from ..lab.audio import audio_info, read_audio
 from ..lab.errors import DataError, MissingDataError, ParameterError
 
 # %% auto #0
-__all__ = ['UNKNOWN_ANGLE', 'ANGLE_COLUMN', 'KINDS', 'SPEECH_FOLDERS', 'DIRECT_PATH_FOLDER', 'LABEL_SLACK_S', 'ChannelFiles',
-           'LocatedFile', 'parse_azimuth', 'metadata_file', 'location_file', 'read_t60', 'read_locations', 'spread',
-           'read_recording', 'stream_recordings']
+__all__ = ['UNKNOWN_ANGLE', 'ANGLE_COLUMN', 'KINDS', 'SPEECH_FOLDERS', 'DIRECT_PATH_FOLDER', 'LABEL_SLACK_S', 'LocatedFile',
+           'parse_azimuth', 'metadata_file', 'location_file', 'read_t60', 'read_locations', 'spread', 'read_recording',
+           'stream_recordings']
 
-# %% ../../nbs/arrays/realman.ipynb #08bbbb18
+# %% ../../nbs/arrays/realman.ipynb #ec2f884e
 UNKNOWN_ANGLE = -1000.0
 ANGLE_COLUMN = "angle(°)"
 KINDS = ("static", "moving")
@@ -35,22 +35,8 @@ SPEECH_FOLDERS = ("ma_noisy_speech", "ma_speech")  # noise mixed in, or alone
 DIRECT_PATH_FOLDER = "dp_speech"
 
 
-class ChannelFiles:
-    "A recording kept as one file per mic: what hangs on `path`, which is without _CHn and ends in .flac."
-    path: Path
-
-    @property
-    def name(self) -> str:
-        "Name of the recording, without channel and suffix."
-        return self.path.stem
-
-    def channel(self, mic) -> Path:
-        "The file of one mic."
-        return self.path.with_name(f"{self.path.stem}_CH{mic}.flac")
-
-
 @dataclass(frozen=True, eq=False)
-class LocatedFile(ChannelFiles):
+class LocatedFile:
     "One row of a location table: which files, where the source is, and what else the metadata say."
     path: Path  # without _CHn, ends in .flac
     split: str
@@ -60,6 +46,15 @@ class LocatedFile(ChannelFiles):
     distance_m: float  # mean over a moving source's frames; NaN unknown
     meta: dict = field(default_factory=dict)
     elevation_deg: float = math.nan  # likewise
+
+    @property
+    def name(self) -> str:
+        "Name of the recording, without channel and suffix."
+        return self.path.stem
+
+    def channel(self, mic) -> Path:
+        "The file of one mic."
+        return self.path.with_name(f"{self.path.stem}_CH{mic}.flac")
 
     @property
     def direct_path(self) -> Path | None:
