@@ -159,7 +159,7 @@ def with_nan(array):
     ("head", lambda a: "relu", "head"),
     ("active_frames", lambda a: np.zeros((120, 6), bool), "no active frame"),
     ("active_frames", lambda a: np.ones((120, 6)), "booleans"),
-    ("W", lambda a: None, "W: missing"),
+    ("W", lambda a: None, "W, b: expected both"),
     ("columns", lambda a: {"x": np.ones(3)}, "column 'x'"),
 ])
 def test_invalid_banks_name_the_field(pair, name, change, words):

@@ -20,13 +20,14 @@ from ..arrays.angles import angular_error_deg
 from ..lab.errors import DataError, MissingDataError
 from ..lab.files import atomic_write
 
-# %% ../../nbs/routing/bank.ipynb #dea8242c
+# %% ../../nbs/routing/bank.ipynb #8b3ea226
 @dataclass(frozen=True, eq=False)
 class ErrorTable:
     """Answers and errors of one localizer on n recordings; the plain-CSV case of a bank.
 
     predicted_angles, gt_angles, abs_errors (n,) in degrees; global_indices (n,) int; filenames, group_ids (room),
-    speakers (n,) str (speakers may be None); columns: name -> (n,) float. Raises DataError naming the field.
+    speakers (n,) str (speakers may be None); columns: name -> (n,) float; fallback_maps (n, T, M) or None, what an
+    attached fallback thought of M directions. Raises DataError naming the field.
     """
     predicted_angles: np.ndarray
     gt_angles: np.ndarray
@@ -36,6 +37,7 @@ class ErrorTable:
     group_ids: np.ndarray
     speakers: np.ndarray | None = None
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    fallback_maps: np.ndarray | None = None
     _cache: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
@@ -58,6 +60,8 @@ class ErrorTable:
                 _check_rows(name, getattr(self, name), (len(self),))
         for name, column in self.columns.items():
             _check_rows(f"column {name!r}", column, (len(self),))
+        if self.fallback_maps is not None:
+            _check_rows("fallback_maps", self.fallback_maps, (len(self), None, None))
         outside = (self.abs_errors < 0) | (self.abs_errors > 180)
         if outside.any():
             raise DataError(f"abs_errors: expected degrees on the circle, 0 to 180, found "
@@ -71,6 +75,15 @@ class ErrorTable:
         part.__dict__["columns"] = {name: column[rows] for name, column in self.columns.items()}
         part.__dict__["_cache"] = {key: _rows_of(value, rows) for key, value in self._cache.items()}
         return part
+
+    def with_fallback_maps(self, maps: np.ndarray | None) -> "ErrorTable":
+        "The same table with the fallback's maps (n, T, M)."
+        if maps is not None:
+            _check_rows("fallback_maps", maps, (len(self), None, None))
+        whole = object.__new__(type(self))
+        whole.__dict__.update(self.__dict__)
+        whole.__dict__["fallback_maps"] = maps
+        return whole
 
     def with_columns(self, **columns) -> "ErrorTable":
         "The same table with further columns (n,)."
@@ -100,9 +113,10 @@ class ErrorTable:
     def _per_recording(self) -> tuple[str, ...]:
         return _PER_RECORDING
 
-# %% ../../nbs/routing/bank.ipynb #273b43c6
-_PER_RECORDING = ("predicted_angles", "gt_angles", "abs_errors", "global_indices", "filenames", "group_ids", "speakers")
-_NOT_ARRAYS = ("columns", "head", "_cache")
+# %% ../../nbs/routing/bank.ipynb #a329172b
+_PER_RECORDING = ("predicted_angles", "gt_angles", "abs_errors", "global_indices", "filenames", "group_ids", "speakers",
+                  "fallback_maps")
+_NOT_ARRAYS = ("columns", "head", "fallback_maps", "_cache")
 _BLOCK = 256  # recordings looked at in one go, so that a memory-mapped bank is never whole in memory
 
 
@@ -139,14 +153,16 @@ def make_table(predicted_angles, gt_angles, abs_errors=None, global_indices=None
     return ErrorTable(predicted_angles, gt_angles, abs_errors, numbers, names if filenames is None else filenames,
                       names if group_ids is None else group_ids, speakers, columns or {})
 
-# %% ../../nbs/routing/bank.ipynb #7f8e66d3
+# %% ../../nbs/routing/bank.ipynb #47b54a65
 @dataclass(frozen=True, eq=False)
 class FeatureBank(ErrorTable):
     """An ErrorTable with what the network thought: n recordings, T frames, D features, C directions.
 
     penultimate_features (n, T, D), logits_pre_sig (n, T, C), predictions (n, C): the posterior that the answer was read
-    from; W (C, D) and b (C,) with logits = features Wᵀ + b; active_frames (n, T) bool or None for all;
-    head "softmax" or "sigmoid". Bin c of C stands for the azimuth 360° c / C.
+    from; W (C, D) and b (C,) with logits = features Wᵀ + b, both None for a network without such a layer;
+    active_frames (n, T) bool or None for all; head "softmax" or "sigmoid". Bin c of C stands for the azimuth 360° c / C.
+    mc_predictions (n, S, C): posteriors of S passes with dropout left on; ensemble_predictions (n, S, C): posteriors of
+    S networks that were trained apart; None where they were not asked.
     """
     penultimate_features: np.ndarray = None
     logits_pre_sig: np.ndarray = None
@@ -155,12 +171,14 @@ class FeatureBank(ErrorTable):
     b: np.ndarray = None
     active_frames: np.ndarray | None = None
     head: str = "softmax"
+    mc_predictions: np.ndarray | None = None
+    ensemble_predictions: np.ndarray | None = None
 
     def _check(self):
         super()._check()
         if self.head not in ("softmax", "sigmoid"):
             raise DataError(f"head: expected 'softmax' or 'sigmoid', found {self.head!r}")
-        for name in ("penultimate_features", "logits_pre_sig", "predictions", "W", "b"):
+        for name in _ESSENTIAL:
             if getattr(self, name) is None:
                 raise DataError(f"{name}: missing; for scores alone use an ErrorTable")
         n = len(self)
@@ -169,8 +187,14 @@ class FeatureBank(ErrorTable):
         _check_rows("logits_pre_sig", self.logits_pre_sig, (n, n_frames, None))
         n_classes = self.logits_pre_sig.shape[2]
         _check_rows("predictions", self.predictions, (n, n_classes))
-        _check_rows("W", self.W, (n_classes, n_features))
-        _check_rows("b", self.b, (n_classes,))
+        if (self.W is None) != (self.b is None):
+            raise DataError(f"W, b: expected both or neither, found {'b' if self.W is None else 'W'} alone")
+        if self.W is not None:
+            _check_rows("W", self.W, (n_classes, n_features))
+            _check_rows("b", self.b, (n_classes,))
+        for name in _SAMPLED:
+            if getattr(self, name) is not None:
+                _check_rows(name, getattr(self, name), (n, None, n_classes))
         if self.active_frames is not None:
             _check_rows("active_frames", self.active_frames, (n, n_frames))
             if self.active_frames.dtype != bool:
@@ -180,7 +204,7 @@ class FeatureBank(ErrorTable):
                 raise DataError(f"active_frames: row {row} ({self.filenames[row]}) has no active frame; leave it out")
 
     def _per_recording(self) -> tuple[str, ...]:
-        return (*_PER_RECORDING, "penultimate_features", "logits_pre_sig", "predictions", "active_frames")
+        return (*_PER_RECORDING, *_ESSENTIAL, "active_frames", *_SAMPLED)
 
     @property
     def frame_weights(self) -> np.ndarray:
@@ -188,9 +212,15 @@ class FeatureBank(ErrorTable):
         active = np.ones(self.logits_pre_sig.shape[:2]) if self.active_frames is None else self.active_frames
         return active / active.sum(axis=1, keepdims=True)
 
-# %% ../../nbs/routing/bank.ipynb #79925964
+# %% ../../nbs/routing/bank.ipynb #164aabe5
+_ESSENTIAL = ("penultimate_features", "logits_pre_sig", "predictions")
+_SAMPLED = ("mc_predictions", "ensemble_predictions")
+
+# %% ../../nbs/routing/bank.ipynb #f06e1e8e
 def head_gap(bank: FeatureBank, tolerance: float = 0.05) -> float:
     "Largest |features Wᵀ + b − logits| over the spread of the logits, on 64 recordings; DataError above `tolerance`."
+    if bank.W is None:
+        raise DataError("W, b: the bank has no linear head to compare with")
     features = np.asarray(bank.penultimate_features[:64], np.float32)
     logits = np.asarray(bank.logits_pre_sig[:64], np.float32)
     gap = np.abs(features @ np.asarray(bank.W, np.float32).T + bank.b - logits).max() / max(logits.std(), 1e-12)
@@ -199,7 +229,7 @@ def head_gap(bank: FeatureBank, tolerance: float = 0.05) -> float:
                         f"most {tolerance}; are these the penultimate features of the same layer?")
     return float(gap)
 
-# %% ../../nbs/routing/bank.ipynb #141bb77b
+# %% ../../nbs/routing/bank.ipynb #332ac272
 def save_bank(bank: FeatureBank, path: str | os.PathLike, half: bool = True) -> Path:
     "Write `bank` as uncompressed .npz, atomically; `half` stores the features as float16. StorageError when it fails."
     arrays = {}
@@ -232,8 +262,8 @@ def load_bank(path: str | os.PathLike, memory_map: bool | None = None) -> Featur
     path = Path(path)
     arrays = read_npz(path, path.is_file() and path.stat().st_size > 256e6 if memory_map is None else memory_map)
     columns = {key.removeprefix("column_"): arrays.pop(key) for key in list(arrays) if key.startswith("column_")}
-    names = {item.name for item in fields(FeatureBank)} - {"columns", "_cache"}
-    needed = names - {"speakers", "active_frames", "head"}
+    names = {item.name for item in fields(FeatureBank)} - {"columns", "fallback_maps", "_cache"}
+    needed = names - {"speakers", "active_frames", "head", "W", "b", *_SAMPLED}
     if needed - set(arrays):
         raise DataError(f"{path}: not a feature bank, keys missing: {sorted(needed - set(arrays))}")
     if "head" in arrays:
@@ -243,7 +273,7 @@ def load_bank(path: str | os.PathLike, memory_map: bool | None = None) -> Featur
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 
-# %% ../../nbs/routing/bank.ipynb #b63e338c
+# %% ../../nbs/routing/bank.ipynb #36206e2e
 def read_npz(path: str | os.PathLike, memory_map: bool = False) -> dict[str, np.ndarray]:
     "Members of an .npz without unpickling anything; `memory_map` maps uncompressed members of over 1 MB."
     path = Path(path)
@@ -275,14 +305,15 @@ def _map_member(path: Path, info: zipfile.ZipInfo) -> np.ndarray:
             raise ValueError("allow_pickle=False")
         return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran_order else "C")
 
-# %% ../../nbs/routing/bank.ipynb #477a0c71
+# %% ../../nbs/routing/bank.ipynb #3c86155a
 @dataclass(frozen=True, eq=False)
 class FallbackTable:
     """Answers of the fallback on n recordings, matched by global_indices.
 
     predicted_angles and abs_errors (n,) in degrees, confidence (n,) any unit, higher = surer, cost_ms (n,) per
     recording; columns: name -> (n,), of which detectors know srp_ratio, log_likelihood_network and
-    log_likelihood_fallback.
+    log_likelihood_fallback; frame_maps (n, T, M) or None: the fallback's score of M directions in each of the T frames
+    of a bank, direction m at 360° m / M.
     """
     predicted_angles: np.ndarray
     abs_errors: np.ndarray
@@ -290,8 +321,11 @@ class FallbackTable:
     cost_ms: np.ndarray
     global_indices: np.ndarray
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    frame_maps: np.ndarray | None = None
 
     def __post_init__(self):
+        if self.frame_maps is not None:
+            _check_rows("fallback frame_maps", self.frame_maps, (len(self.predicted_angles), None, None))
         for name in _FALLBACK_FIELDS:
             object.__setattr__(self, name, np.asarray(getattr(self, name)))
             _check_rows(f"fallback {name}", getattr(self, name), (len(self.predicted_angles),))
@@ -315,28 +349,40 @@ class FallbackTable:
             raise DataError(f"fallback: no answer for {int(absent.sum())} of {len(table)} recordings, e.g. global "
                             f"index {table.global_indices[absent][:3].tolist()}; run it on the same recordings")
         return replace(self, **{name: getattr(self, name)[rows] for name in _FALLBACK_FIELDS},
-                       columns={name: np.asarray(column)[rows] for name, column in self.columns.items()})
+                       columns={name: np.asarray(column)[rows] for name, column in self.columns.items()},
+                       frame_maps=None if self.frame_maps is None else self.frame_maps[rows])
 
 
 _FALLBACK_FIELDS = ("predicted_angles", "abs_errors", "confidence", "cost_ms", "global_indices")
 
-# %% ../../nbs/routing/bank.ipynb #a4ce9eed
+# %% ../../nbs/routing/bank.ipynb #f2b5711b
 def attach_fallback(table: ErrorTable, fallback: FallbackTable) -> ErrorTable:
     "`table` with the fallback's answers as columns fallback_angle, fallback_error, fallback_confidence and its own."
     fallback = fallback.aligned(table)
     return table.with_columns(fallback_angle=fallback.predicted_angles, fallback_error=fallback.abs_errors,
                               fallback_confidence=fallback.confidence, fallback_cost_ms=fallback.cost_ms,
-                              **fallback.columns)
+                              **fallback.columns).with_fallback_maps(fallback.frame_maps)
 
 
 def save_fallback(fallback: FallbackTable, path: str | os.PathLike) -> Path:
-    "Write the fallback's table as CSV, numbers exact, atomically."
+    "Write the fallback's table as CSV, numbers exact, atomically; its maps as NAME_maps.npz beside, in float16."
     import pandas as pd
 
+    maps = _maps_path(path)
+    if fallback.frame_maps is not None:
+        with atomic_write(maps) as file:
+            np.savez(file, frame_maps=fallback.frame_maps.astype(np.float16), global_indices=fallback.global_indices)
+    else:
+        maps.unlink(missing_ok=True)  # maps of an earlier table must not be taken for this one's
     data = {name: getattr(fallback, name) for name in _FALLBACK_FIELDS} | dict(fallback.columns)
     with atomic_write(path) as file:
         file.write(pd.DataFrame(data).to_csv(index=False).encode())
     return Path(path)
+
+
+def _maps_path(path: str | os.PathLike) -> Path:
+    "Where the maps of the table at `path` lie."
+    return Path(path).with_name(f"{Path(path).stem}_maps.npz")
 
 
 def read_table(path: str | os.PathLike):
@@ -356,10 +402,17 @@ def read_table(path: str | os.PathLike):
 
 
 def load_fallback(path: str | os.PathLike) -> FallbackTable:
-    "Read what save_fallback wrote; DataError naming the file and the columns that miss."
+    "Read what save_fallback wrote, maps mapped; DataError naming the file and what misses or does not fit."
     frame = read_table(path)
     missing = [name for name in _FALLBACK_FIELDS if name not in frame]
     if missing:
         raise DataError(f"{path}: not a fallback table, columns missing: {missing}; it has {list(frame.columns)}")
     parts = {name: frame.pop(name).to_numpy() for name in _FALLBACK_FIELDS}
-    return FallbackTable(**parts, columns={name: frame[name].to_numpy() for name in frame})
+    columns, maps = {name: frame[name].to_numpy() for name in frame}, None
+    if _maps_path(path).is_file():
+        beside = read_npz(_maps_path(path), memory_map=True)
+        if not np.array_equal(beside.get("global_indices"), parts["global_indices"]):
+            raise DataError(f"{_maps_path(path)}: maps of other recordings than {Path(path).name} lists; write both "
+                            "again")
+        maps = beside.get("frame_maps")
+    return FallbackTable(**parts, columns=columns, frame_maps=maps)

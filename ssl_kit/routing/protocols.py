@@ -14,25 +14,28 @@ import numpy as np
 from ..lab.errors import DataError
 from .bank import FallbackTable, FeatureBank
 
-# %% ../../nbs/routing/protocols.ipynb #02d57175
+# %% ../../nbs/routing/protocols.ipynb #ab526fc2
 def join_banks(banks: Sequence[FeatureBank], fallbacks: Sequence[FallbackTable]) -> tuple[FeatureBank, FallbackTable]:
     """One bank and one fallback table of several arrays that heard the same rooms; recordings are numbered anew.
 
     Raises DataError when the banks come from networks with different heads."""
     first = banks[0]
     for bank in banks[1:]:
-        if not (np.array_equal(bank.W, first.W) and np.array_equal(bank.b, first.b)):
+        if not (np.array_equal(bank.W, first.W) and np.array_equal(bank.b, first.b)):  # None equals None
             raise DataError("join_banks: expected banks of one network, found different heads W, b")
     aligned = [fallback.aligned(bank) for bank, fallback in zip(banks, fallbacks, strict=True)]
     numbers = np.arange(sum(map(len, banks)))
     per_row = ("predicted_angles", "gt_angles", "abs_errors", "filenames", "group_ids", "speakers",
-               "penultimate_features", "logits_pre_sig", "predictions", "active_frames")
-    merged = {name: np.concatenate([getattr(bank, name) for bank in banks]) for name in per_row
-              if getattr(first, name) is not None}
+               "penultimate_features", "logits_pre_sig", "predictions", "active_frames", "mc_predictions",
+               "ensemble_predictions")
+    merged = {name: None if any(getattr(bank, name) is None for bank in banks)
+              else np.concatenate([getattr(bank, name) for bank in banks]) for name in per_row}
     shared = set(first.columns).intersection(*[bank.columns for bank in banks])
     columns = {name: np.concatenate([bank.columns[name] for bank in banks]) for name in sorted(shared)}
     answers = {name: np.concatenate([getattr(table, name) for table in aligned])
                for name in ("predicted_angles", "abs_errors", "confidence", "cost_ms")}
     extra = {name: np.concatenate([table.columns[name] for table in aligned]) for name in aligned[0].columns}
+    maps = None if any(table.frame_maps is None for table in aligned) else \
+        np.concatenate([table.frame_maps for table in aligned])
     return (replace(first, **merged, columns=columns, global_indices=numbers),
-            FallbackTable(**answers, global_indices=numbers, columns=extra))
+            FallbackTable(**answers, global_indices=numbers, columns=extra, frame_maps=maps))

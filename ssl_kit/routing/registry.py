@@ -15,7 +15,7 @@ import numpy as np
 from ..lab.errors import DataError, ParameterError
 from .bank import ErrorTable, FeatureBank
 
-# %% ../../nbs/routing/registry.ipynb #7ed0458d
+# %% ../../nbs/routing/registry.ipynb #979d53bc
 class Detector:
     "Base of all detectors; a subclass overrides `score`, and `fit` when it learns something."
     name: str = ""
@@ -44,7 +44,8 @@ _REGISTER: dict[str, type[Detector]] = {}
 def register(name: str, formula: str, source: str, needs: tuple[str, ...], learns: bool = False) -> Callable:
     """Class decorator: make a detector known as `name`.
 
-    `needs` holds any of "logits", "features", "head" (W and b), "posterior", "softmax" (a softmax head), "column:NAME".
+    `needs` holds any of "logits", "features", "head" (W and b), "posterior", "softmax" (a softmax head), "mc" (passes
+    with dropout), "ensemble" (posteriors of other networks), "maps" (the fallback's), "column:NAME".
     """
     def add(cls: type[Detector]) -> type[Detector]:
         cls.name, cls.formula, cls.source, cls.needs, cls.learns = name, formula, source, needs, learns
@@ -52,16 +53,19 @@ def register(name: str, formula: str, source: str, needs: tuple[str, ...], learn
         return cls
     return add
 
-# %% ../../nbs/routing/registry.ipynb #9dcbd804
-_HOMES = ("detectors_scores", "detectors_features", "detectors_physics", "detectors_defer")
+# %% ../../nbs/routing/registry.ipynb #5b42985c
+_HOMES = ("detectors_scores", "detectors_features", "detectors_rectified", "detectors_distances", "detectors_sampling",
+          "detectors_learned", "detectors_physics", "detectors_defer")
 
 
 def detector_classes() -> dict[str, type[Detector]]:
     "All registered detectors by name, the kit's own included."
     from importlib import import_module
+    from importlib.util import find_spec
 
     for home in _HOMES:
-        import_module(f"ssl_kit.routing.{home}")
+        if find_spec(f"ssl_kit.routing.{home}"):
+            import_module(f"ssl_kit.routing.{home}")
     return dict(_REGISTER)
 
 
@@ -79,12 +83,15 @@ def make_detector(name: str | Detector, **options) -> Detector:
     except TypeError as error:
         raise ParameterError(f"detector {name!r}: {error}") from error
 
-# %% ../../nbs/routing/registry.ipynb #9abe335a
+# %% ../../nbs/routing/registry.ipynb #6805b9d3
 def lacks(detector: Detector | type[Detector], table: ErrorTable) -> list[str]:
     "What `detector` needs that `table` does not have."
     is_bank = isinstance(table, FeatureBank)
-    have = {"logits": is_bank, "features": is_bank, "head": is_bank, "posterior": is_bank,
-            "softmax": is_bank and table.head == "softmax"}
+    have = {"logits": is_bank, "features": is_bank, "posterior": is_bank,
+            "head": is_bank and table.W is not None, "softmax": is_bank and table.head == "softmax",
+            "mc": is_bank and table.mc_predictions is not None,
+            "ensemble": is_bank and table.ensemble_predictions is not None,
+            "maps": table.fallback_maps is not None}
     return [need for need in detector.needs
             if not (need.removeprefix("column:") in table.columns if need.startswith("column:") else have[need])]
 

@@ -14,7 +14,7 @@ from ..arrays.angles import angular_error_deg, wrap_deg
 from ..lab.errors import ParameterError
 from .bank import FallbackTable, FeatureBank
 
-# %% ../../nbs/routing/synthetic.ipynb #0d5e495c
+# %% ../../nbs/routing/synthetic.ipynb #63708d0b
 @dataclass(frozen=True)
 class SyntheticSettings:
     "What a synthetic bank is made of; rooms are numbered from first_room, so that two banks need not share any."
@@ -28,13 +28,14 @@ class SyntheticSettings:
     overlap: float = 0.5
     fallback_failure_rate: float = 0.2
     head: str = "softmax"
+    n_passes: int = 4  # with dropout, and as many networks that were trained apart
     seed: int = 0
 
     def __post_init__(self):
         for name in ("failure_rate", "overlap", "fallback_failure_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ParameterError(f"{name}: expected a number from 0 to 1, found {getattr(self, name)}")
-        for name in ("n", "n_frames", "n_features", "n_classes", "n_rooms"):
+        for name in ("n", "n_frames", "n_features", "n_classes", "n_rooms", "n_passes"):
             if getattr(self, name) < 1:
                 raise ParameterError(f"{name}: expected at least 1, found {getattr(self, name)}")
 
@@ -51,7 +52,7 @@ def synthetic_head(n_classes: int, n_features: int, gain: float = 3.0) -> tuple[
     W = gain * (W - W.mean(axis=1, keepdims=True))
     return W.astype(np.float32), np.full(n_classes, -0.5, np.float32)
 
-# %% ../../nbs/routing/synthetic.ipynb #3b2c50b9
+# %% ../../nbs/routing/synthetic.ipynb #67e6e834
 def synthetic_bank(settings: SyntheticSettings | None = None, **changes) -> tuple[FeatureBank, FallbackTable]:
     """A bank and the fallback's answers on the same n recordings; `changes` override fields of `settings`.
 
@@ -72,14 +73,16 @@ def synthetic_bank(settings: SyntheticSettings | None = None, **changes) -> tupl
     posterior = _posterior(logits, s.head).mean(axis=1)
     predicted = posterior.argmax(axis=1) * 360.0 / s.n_classes
     numbers = s.first_room * 1000 + np.arange(s.n)
+    posteriors = [np.stack(part, axis=1) for part in zip(*_variants(s, features, W, b), strict=True)]
     bank = FeatureBank(
         predicted, truth, angular_error_deg(predicted, truth), numbers, np.array([f"{i:07d}.flac" for i in numbers]),
         np.array([f"room_{room}" for room in rooms]), np.array([f"speaker_{room}" for room in rooms]),
         {"failing": failing.astype(float)}, penultimate_features=features.astype(np.float16),
-        logits_pre_sig=logits.astype(np.float32), predictions=posterior, W=W, b=b, head=s.head)
+        logits_pre_sig=logits.astype(np.float32), predictions=posterior, W=W, b=b, head=s.head,
+        mc_predictions=posteriors[0], ensemble_predictions=posteriors[1])
     return bank, _fallback(s, rng, bank)
 
-# %% ../../nbs/routing/synthetic.ipynb #c719b6f0
+# %% ../../nbs/routing/synthetic.ipynb #629fd8e5
 def _features(s: SyntheticSettings, rng, truth: np.ndarray, failing: np.ndarray) -> np.ndarray:
     "Non-negative features (n, frame, feature), failures as described above."
     apart = 1 - s.overlap
@@ -92,6 +95,16 @@ def _features(s: SyntheticSettings, rng, truth: np.ndarray, failing: np.ndarray)
     noise = rng.normal(size=(s.n, s.n_frames, s.n_features)) * off_manifold
     frames = rng.gamma(8, 1 / 8, (s.n, s.n_frames, 1))
     return np.maximum(strength[:, None, None] * frames * bump[:, None] + noise, 0).astype(np.float32)
+
+
+def _variants(s: SyntheticSettings, features: np.ndarray, W: np.ndarray, b: np.ndarray):
+    "For each pass posteriors (n, class) with a fifth of the features dropped, and of a head with other weights."
+    rng = np.random.default_rng([s.seed, s.first_room, 1])  # its own, so that nothing else depends on n_passes
+    for _ in range(s.n_passes):
+        kept = (rng.random(features.shape, np.float32) > 0.2) / np.float32(0.8)
+        other = W + np.float32(0.15 * W.std()) * rng.standard_normal(W.shape, np.float32)
+        yield tuple(_posterior(logits, s.head).mean(axis=1).astype(np.float16)
+                    for logits in ((features * kept) @ W.T + b, features @ other.T + b))
 
 
 def _posterior(logits: np.ndarray, head: str) -> np.ndarray:
@@ -116,10 +129,13 @@ def _fallback(s: SyntheticSettings, rng, bank: FeatureBank) -> FallbackTable:
         return (1 - peak) + peak * np.maximum(heard * true, won)
 
     own, other = power(bank.predicted_angles), power(answer)
+    maps = np.stack([power(angle) for angle in np.arange(72) * 5.0], axis=1)[:, None]
+    loudness = np.random.default_rng([s.seed, s.first_room, 2]).gamma(8, 1 / 8, (s.n, s.n_frames, 1))
     return FallbackTable(answer, angular_error_deg(answer, bank.gt_angles), peak, rng.uniform(4, 6, s.n),
                          bank.global_indices, {"srp_ratio": np.minimum(own / other, 1.0),
                                                "log_likelihood_network": 10 * np.log(own),
-                                               "log_likelihood_fallback": 10 * np.log(other)})
+                                               "log_likelihood_fallback": 10 * np.log(other)},
+                         (maps * loudness).astype(np.float16))
 
 # %% ../../nbs/routing/synthetic.ipynb #5c1d017f
 def synthetic_study(shifted: bool = False, **changes) -> tuple[FeatureBank, FallbackTable, FeatureBank, FallbackTable]:
