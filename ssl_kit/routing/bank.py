@@ -153,14 +153,14 @@ def make_table(predicted_angles, gt_angles, abs_errors=None, global_indices=None
     return ErrorTable(predicted_angles, gt_angles, abs_errors, numbers, names if filenames is None else filenames,
                       names if group_ids is None else group_ids, speakers, columns or {})
 
-# %% ../../nbs/routing/bank.ipynb #47b54a65
+# %% ../../nbs/routing/bank.ipynb #2eddfa4c
 @dataclass(frozen=True, eq=False)
 class FeatureBank(ErrorTable):
     """An ErrorTable with what the network thought: n recordings, T frames, D features, C directions.
 
     penultimate_features (n, T, D), logits_pre_sig (n, T, C), predictions (n, C): the posterior that the answer was read
     from; W (C, D) and b (C,) with logits = features Wᵀ + b, both None for a network without such a layer;
-    active_frames (n, T) bool or None for all; head "softmax" or "sigmoid". Bin c of C stands for the azimuth 360° c / C.
+    active_frames (n, T) bool or None for all; head "softmax" or "sigmoid". Bin c of C is the azimuth 360° c / C.
     mc_predictions (n, S, C): posteriors of S passes with dropout left on; ensemble_predictions (n, S, C): posteriors of
     S networks that were trained apart; None where they were not asked.
     """
@@ -216,9 +216,9 @@ class FeatureBank(ErrorTable):
 _ESSENTIAL = ("penultimate_features", "logits_pre_sig", "predictions")
 _SAMPLED = ("mc_predictions", "ensemble_predictions")
 
-# %% ../../nbs/routing/bank.ipynb #f06e1e8e
+# %% ../../nbs/routing/bank.ipynb #ddf42b70
 def head_gap(bank: FeatureBank, tolerance: float = 0.05) -> float:
-    "Largest |features Wᵀ + b − logits| over the spread of the logits, on 64 recordings; DataError above `tolerance`."
+    "Largest |features Wᵀ + b − logits| over the logits' spread, on 64 recordings; DataError above `tolerance`."
     if bank.W is None:
         raise DataError("W, b: the bank has no linear head to compare with")
     features = np.asarray(bank.penultimate_features[:64], np.float32)
