@@ -10,11 +10,12 @@ from ssl_kit.arrays.angles import angular_error_deg
 from ssl_kit.arrays.geometry import named_array
 from ssl_kit.arrays.rooms import SceneConfig, render_scene, sample_scene
 from ssl_kit.lab.errors import CheckpointError, DataError, ParameterError
+from ssl_kit.lab.training import learning_rate_factor
 from ssl_kit.localize.checkpoints import load_checkpoint, save_checkpoint, shipped_checkpoint
 from ssl_kit.localize.crnn import CRNN, CRNNConfig, circular_gaussian, crnn_input, decode_azimuth, localization_loss
 from ssl_kit.localize.mixtures import MixtureConfig, MixtureStream, frame_activity
 from ssl_kit.localize.network import CRNNLocalizer
-from ssl_kit.localize.training import TrainingConfig, learning_rate_factor, train_crnn
+from ssl_kit.localize.training import TrainingConfig, train_crnn
 
 EASY = SceneConfig(t60_s=(0.2, 0.3), snr_db=(20, 20), distance_m=(1.0, 1.5), duration_s=2.0, recordings_per_room=1)
 
