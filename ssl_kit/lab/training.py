@@ -210,7 +210,7 @@ class _State:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.history, self.best = saved["step"], saved["history"], saved.get("best")
 
-# %% ../../nbs/lab/training.ipynb #600686ac
+# %% ../../nbs/lab/training.ipynb #8c06003f
 def train_network(
     folder,                             # last.ckpt and history.json are kept here; an earlier run in it is resumed
     task: Task,
@@ -225,9 +225,9 @@ def train_network(
 ) -> tuple[torch.nn.Module, list[dict]]:
     """Train, or go on training; returns the averaged network on the CPU and the history (one dict an epoch).
 
-    With `stop_epochs` the network of the best epoch. With several devices each takes its own batches, and gradients
-    are averaged (distributed data parallel). Raises ParameterError when the loss is not finite, the watched figure is
-    not in the history, or the folder holds a training with other settings."""
+    With `stop_epochs` it is the network of the best epoch. With several devices each takes its own batches, and
+    gradients are averaged (distributed data parallel). Raises ParameterError when the loss is not finite, the watched
+    figure is not in the history, or the folder holds a training with other settings."""
     folder = Path(folder)
     device = "cpu" if device == "auto" and not torch.cuda.is_available() else device
     fabric = Fabric(accelerator=device, devices=devices, precision=choose_precision(config.precision),
