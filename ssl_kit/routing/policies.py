@@ -4,14 +4,20 @@
 
 # %% auto #0
 __all__ = ['switch', 'cascade', 'system_errors', 'random_routing', 'mean_random_error', 'error_oracle', 'true_oracle',
-           'captured_gain', 'RoutingCurve', 'routing_curve']
+           'captured_gain', 'RoutingCurve', 'routing_curve', 'Outcome', 'Policy', 'outcome_errors', 'CascadeFit',
+           'fit_cascade', 'Cascade']
 
-# %% ../../nbs/routing/policies.ipynb #6484741a
-from dataclasses import dataclass
+# %% ../../nbs/routing/policies.ipynb #9699f773
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..arrays.angles import angular_error_deg
 from ..lab.errors import DataError, ParameterError
+from .bank import ErrorTable
+from .registry import lacks
+from .thresholds import candidate_thresholds, routed_sums
 
 # %% ../../nbs/routing/policies.ipynb #ffe41d54
 def switch(scores: np.ndarray, threshold: float) -> np.ndarray:
@@ -111,3 +117,116 @@ def routing_curve(scores: np.ndarray, network_errors: np.ndarray, fallback_error
         return start[:, None] + np.stack([np.interp(rates, x, y) for x, y in zip(share.T, sums.T, strict=True)])
 
     return RoutingCurve(rates, curves(None)[0], None if weights is None else curves(weights))
+
+# %% ../../nbs/routing/policies.ipynb #969f8a6d
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a policy did on n recordings.
+
+    routed (n,) bool: the answer is not the network's own; asked (n,) bool: the fallback was run; angles (n,) degrees;
+    cost_ms (n,) beyond the network's pass; score (n,) or None: doubt about the answer given; frames: mean figures per
+    frame, of a policy that decides frame by frame.
+    """
+    routed: np.ndarray
+    asked: np.ndarray
+    angles: np.ndarray
+    cost_ms: np.ndarray
+    score: np.ndarray | None = None
+    frames: Mapping[str, float] = field(default_factory=dict)
+
+
+class Policy:
+    "Base of policies: `fit` on calibration, `apply` to others, both with the scores (n,) of `detectors` by name."
+    name: str = ""
+    formula: str = ""
+    needs: tuple[str, ...] = ()
+    detectors: tuple[str, ...] = ()
+    threshold: str = "fitted"  # what stands in the tables' column of that name
+
+    def usable(self, table: ErrorTable, scores) -> bool:
+        "Whether `table` has what the policy reads, and `scores` the detectors it builds on."
+        return not lacks(self, table) and set(self.detectors) <= set(scores)
+
+    def fit(self, table: ErrorTable, scores: Mapping[str, np.ndarray]) -> "Policy":
+        "Choose parameters on calibration; returns self."
+        raise NotImplementedError(f"{type(self).__name__} has no fit method")
+
+    def apply(self, table: ErrorTable, scores: Mapping[str, np.ndarray]) -> Outcome:
+        "Decide about each recording."
+        raise NotImplementedError(f"{type(self).__name__} has no apply method")
+
+
+def outcome_errors(outcome: Outcome, table: ErrorTable) -> np.ndarray:
+    "Errors (n,) of the policy's answers in degrees; the table's own where an answer is one of its two."
+    errors = angular_error_deg(outcome.angles, table.gt_angles)
+    errors = np.where(outcome.angles == table.column("fallback_angle"), table.column("fallback_error"), errors)
+    return np.where(outcome.angles == table.predicted_angles, table.abs_errors, errors)
+
+# %% ../../nbs/routing/policies.ipynb #a92d8b2e
+@dataclass(frozen=True)
+class CascadeFit:
+    "Both thresholds of a cascade, the mean error and the share of runs of the fallback on calibration."
+    first: float
+    second: float
+    mae: float
+    asked: float
+
+
+def fit_cascade(first: np.ndarray, second: np.ndarray, network_errors: np.ndarray, fallback_errors: np.ndarray,
+                rate: float | None = 0.3, cost_deg: float = 0.0, asks: bool = True, n_first: int = 100) -> CascadeFit:
+    """The pair of thresholds with least mean error + cost_deg · share of runs, runs at most `rate` (None: no limit).
+
+    asks: the second score runs the fallback on all that pass the first; else it runs on the routed alone. At most
+    `n_first` first thresholds are tried, spread evenly over those that calibration can tell apart, −∞ among them.
+    """
+    if rate is not None and not 0 <= rate <= 1 or cost_deg < 0:
+        raise ParameterError(f"rate, cost_deg: expected a share from 0 to 1 or None, and degrees >= 0, found {rate}, "
+                             f"{cost_deg}")
+    first, second = (np.asarray(part, np.float64) for part in (first, second))
+    n, network_mae = len(first), float(np.mean(network_errors))
+    change = np.asarray(fallback_errors, np.float64) - network_errors
+    levels = np.concatenate([candidate_thresholds(first)[:-1], [-np.inf]])
+    keep = np.unique(np.linspace(0, len(levels) - 1, min(n_first, len(levels))).round().astype(int))
+    limit = np.inf if rate is None else rate * n + 1e-9
+    best = CascadeFit(float(levels[0]), float(np.max(second)), network_mae, 0.0)
+    value = network_mae
+    for level in levels[keep]:
+        passed = first > level
+        if not passed.any() or (asks and passed.sum() > limit):
+            continue
+        routed = routed_sums(second[passed], np.ones(passed.sum()))
+        runs = np.full(len(routed), float(passed.sum())) if asks else routed
+        mae = network_mae + routed_sums(second[passed], change[passed]) / n
+        total = np.where(runs <= limit, mae + cost_deg * runs / n, np.inf)
+        k = int(np.argmin(total))
+        if total[k] < value - 1e-12:
+            value = float(total[k])
+            best = CascadeFit(float(level), float(candidate_thresholds(second[passed])[k]), float(mae[k]),
+                              float(runs[k] / n))
+    return best
+
+# %% ../../nbs/routing/policies.ipynb #5d104cde
+class Cascade(Policy):
+    "Route where `first` raises doubt and `second` confirms it, thresholds fitted together on calibration."
+
+    def __init__(self, first: str = "physics", second: str = "likelihood_ratio", rate: float | None = 0.3,
+                 cost_deg: float = 0.0, asks: bool = True):
+        self.first, self.second, self.rate, self.cost_deg, self.asks = first, second, rate, cost_deg, asks
+        self.name, self.detectors = f"cascade_{first}_{second}", (first, second)
+        self.threshold = f"rate_{100 * rate:g}" if rate is not None else f"cost_{cost_deg:g}"
+        self.formula = f"{first} > t₁ and {second} > t₂"
+        self.needs = ("column:fallback_error", "column:fallback_angle", "column:fallback_cost_ms")
+
+    def fit(self, table: ErrorTable, scores: Mapping[str, np.ndarray]) -> "Cascade":
+        self.fitted = fit_cascade(scores[self.first], scores[self.second], table.abs_errors,
+                                  table.column("fallback_error"), self.rate, self.cost_deg, self.asks)
+        return self
+
+    def apply(self, table: ErrorTable, scores: Mapping[str, np.ndarray]) -> Outcome:
+        passed = switch(scores[self.first], self.fitted.first)
+        routed = cascade(scores[self.first], self.fitted.first, scores[self.second], self.fitted.second)
+        asked = passed if self.asks else routed
+        cost = np.where(asked, table.column("fallback_cost_ms"), 0.0)
+        if self.first == "physics":
+            cost = cost + np.asarray(table.columns.get("srp_ratio_cost_ms", np.zeros(len(table))), float)
+        return Outcome(routed, asked, np.where(routed, table.column("fallback_angle"), table.predicted_angles), cost)
