@@ -54,7 +54,7 @@ class TemperatureMahalanobis(Detector):
     def score(self, table: FeatureBank) -> np.ndarray:
         return ((self._parts(table) - self.centre) / self.scale).sum(axis=1)
 
-# %% ../../nbs/routing/detectors_distances.ipynb #28f34737
+# %% ../../nbs/routing/detectors_distances.ipynb #b2fa9a41
 def confidence_energy(bank: FeatureBank) -> np.ndarray:
     "log Σ e^(z − z̄), at least log C, or Σ log(1 + e^z) for sigmoids: (n,), mean over active frames, never negative."
     energy = posterior_statistics(bank)["log_sum_exp"]
@@ -78,8 +78,8 @@ class NNGuide(Detector):
 
     def score(self, table: FeatureBank) -> np.ndarray:
         x, first = unit_length(pooled_features(table)), len(self.reference) - min(self.k, len(self.reference))
-        guidance = [np.partition(x[start:start + 1024] @ self.reference.T, first, axis=1)[:, first:].mean(axis=1)
-                    for start in range(0, len(x), 1024)]  # in blocks: n × n numbers would not fit
+        guidance = [np.partition(x[start:start + 256] @ self.reference.T, first, axis=1)[:, first:].mean(axis=1)
+                    for start in range(0, len(x), 256)]  # in blocks: n × n numbers would not fit
         return -confidence_energy(table) * np.concatenate(guidance)
 
 # %% ../../nbs/routing/detectors_distances.ipynb #558c3780
