@@ -21,13 +21,13 @@ def network(tmp_path_factory):
 
 
 def test_workers_and_interruptions_do_not_change_a_bank(tmp_path, network):
-    plan = BankPlan(SCENES, "test", 42, ("6cm",), checkpoint=network)
+    plan = BankPlan(SCENES, "test", 22, ("6cm",), checkpoint=network, mc_passes=2)
     one = write_banks(plan, tmp_path / "one", workers=1)["6cm"]
     two = write_banks(plan, tmp_path / "two", workers=2)["6cm"]
     part = tmp_path / "two" / "parts" / "part_000020.npz"
     part.write_bytes(part.read_bytes()[:500])  # what a kill without our atomic writes would have left
     again = write_banks(plan, tmp_path / "two", workers=1)["6cm"]
-    for name in ("predicted_angles", "penultimate_features", "logits_pre_sig", "gt_angles"):
+    for name in ("predicted_angles", "penultimate_features", "logits_pre_sig", "gt_angles", "mc_predictions"):
         expected = getattr(load_bank(one["bank"]), name)
         np.testing.assert_array_equal(getattr(load_bank(two["bank"]), name), expected)
         np.testing.assert_array_equal(getattr(load_bank(again["bank"]), name), expected)
