@@ -120,7 +120,7 @@ def ash_b(features: np.ndarray, percentile: float) -> np.ndarray:
     return on * (features.sum(axis=-1, keepdims=True) / np.maximum(on.sum(axis=-1, keepdims=True), 1)).astype(
         np.float32)
 
-# %% ../../nbs/routing/detectors_rectified.ipynb #fca95ace
+# %% ../../nbs/routing/detectors_rectified.ipynb #3fb335f2
 class _Ash(Detector):
     "Energy of features reshaped by `reshape`."
     reshape: staticmethod
@@ -139,7 +139,7 @@ class _Ash(Detector):
         return feature_energy(table, table.W, lambda h: self.reshape(h, self.percentile))
 
 
-@register("ash_s", "energy of h⁺ · exp(Σh / Σh⁺), h⁺ the largest features", "Djurisic et al. 2023", ("features", "head"))
+@register("ash_s", "energy of h⁺ exp(Σh / Σh⁺), h⁺ the largest features", "Djurisic et al. 2023", ("features", "head"))
 class AshS(_Ash):
     "ASH-S: keep the largest tenth of a frame's features, scaled; either head, its own energy."
     reshape = staticmethod(ash_s)

@@ -170,12 +170,12 @@ class Temperature(Detector):
         return -over_frames(table, lambda rows: probabilities(table.logits_pre_sig[rows], "softmax",
                                                               self.temperature).max(axis=-1))
 
-# %% ../../nbs/routing/detectors_scores.ipynb #82fc8821
+# %% ../../nbs/routing/detectors_scores.ipynb #ff528e6c
 ORDERS = (2, 3, 4, 5, 6, 7, 8)
 
 
 def centred_statistics(bank: FeatureBank) -> dict[str, np.ndarray]:
-    "mean_logit and, for each order p, norm_p = max (z − z̄) / ‖z − z̄‖_p: (n,), mean over active frames; once per bank."
+    "mean_logit and, for each order p, norm_p = max (z − z̄) / ‖z − z̄‖_p: (n,), mean over active frames."
     def compute():
         values = over_frames(bank, lambda rows: _frame_ratios(bank.logits_pre_sig[rows]), block=32)
         return dict(zip(("mean_logit", *(f"norm_{p}" for p in ORDERS)), values.T, strict=True))
