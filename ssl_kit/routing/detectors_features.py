@@ -178,7 +178,7 @@ class GradNorm(Detector):
             return -np.abs(features).sum(axis=-1) * np.abs(p, out=p).sum(axis=-1)
         return over_frames(table, frame_score, block=32)
 
-# %% ../../nbs/routing/detectors_features.ipynb #e2febb7a
+# %% ../../nbs/routing/detectors_features.ipynb #43afc5f8
 STACK_BASES = ("max_prob", "entropy", "margin", "energy", "concentration", "pooled_entropy", "knn", "physics",
                "likelihood_ratio", "disagreement")
 
@@ -194,27 +194,34 @@ class LogisticStack(Detector):
             self.needs = ()  # columns of a plain table are enough
 
     def fit(self, table: ErrorTable) -> "LogisticStack":
-        from sklearn.linear_model import LogisticRegression
-
         detectors = [make_detector(base) for base in self.bases]
         self.detectors = [detector for detector in detectors if not lacks(detector, table)]
         failures = table.abs_errors > self.failure_deg
         if not self.detectors or failures.all() or not failures.any():
-            raise DataError(f"stack: expected scores, failures and good answers in calibration, found "
+            raise DataError(f"{self.name}: expected scores, failures and good answers in calibration, found "
                             f"{len(self.detectors)} usable scores and {int(failures.sum())} failures of {len(table)}")
         held_out = np.stack([held_out_scores(lambda d=d: d, table, self.n_folds) for d in self.detectors], axis=1)
         self.detectors = [detector.fit(table) for detector in self.detectors]
         self.runs_fallback = any(detector.runs_fallback for detector in self.detectors)
-        self.centre, self.scale = held_out.mean(axis=0), np.maximum(held_out.std(axis=0), 1e-12)
-        self.regression = LogisticRegression(C=self.strength, max_iter=1000)
-        self.regression.fit((held_out - self.centre) / self.scale, failures)
+        self.learn(held_out, failures)
         return self
+
+    def learn(self, scores: np.ndarray, failures: np.ndarray) -> None:
+        "Fit the combination on held-out scores (n, base) and who failed (n,)."
+        from sklearn.linear_model import LogisticRegression
+
+        self.centre, self.scale = scores.mean(axis=0), np.maximum(scores.std(axis=0), 1e-12)
+        self.regression = LogisticRegression(C=self.strength, max_iter=1000)
+        self.regression.fit((scores - self.centre) / self.scale, failures)
+
+    def combine(self, scores: np.ndarray) -> np.ndarray:
+        "Log-odds of a failure (n,) from scores (n, base)."
+        return self.regression.decision_function((scores - self.centre) / self.scale)
 
     def score(self, table: ErrorTable) -> np.ndarray:
         for detector in self.detectors:
             check_needs(detector, table)
-        scores = np.stack([detector.score(table) for detector in self.detectors], axis=1)
-        return self.regression.decision_function((scores - self.centre) / self.scale)
+        return self.combine(np.stack([detector.score(table) for detector in self.detectors], axis=1))
 
     def cost_ms(self, table: ErrorTable) -> np.ndarray:
         "The dearest of its parts: they share one run of the fallback."
