@@ -20,7 +20,7 @@ from ..arrays.angles import angular_error_deg
 from ..lab.errors import DataError, MissingDataError
 from ..lab.files import atomic_write
 
-# %% ../../nbs/routing/bank.ipynb #8b3ea226
+# %% ../../nbs/routing/bank.ipynb #1073b309
 @dataclass(frozen=True, eq=False)
 class ErrorTable:
     """Answers and errors of one localizer on n recordings; the plain-CSV case of a bank.
@@ -55,7 +55,7 @@ class ErrorTable:
         if self.predicted_angles.ndim != 1 or not len(self):
             raise DataError(f"predicted_angles: expected at least one recording, shape (n,), found shape "
                             f"{self.predicted_angles.shape}")
-        for name in _PER_RECORDING:
+        for name in _VECTORS:
             if getattr(self, name) is not None:
                 _check_rows(name, getattr(self, name), (len(self),))
         for name, column in self.columns.items():
@@ -113,9 +113,9 @@ class ErrorTable:
     def _per_recording(self) -> tuple[str, ...]:
         return _PER_RECORDING
 
-# %% ../../nbs/routing/bank.ipynb #a329172b
-_PER_RECORDING = ("predicted_angles", "gt_angles", "abs_errors", "global_indices", "filenames", "group_ids", "speakers",
-                  "fallback_maps")
+# %% ../../nbs/routing/bank.ipynb #01ad046a
+_VECTORS = ("predicted_angles", "gt_angles", "abs_errors", "global_indices", "filenames", "group_ids", "speakers")
+_PER_RECORDING = (*_VECTORS, "fallback_maps")
 _NOT_ARRAYS = ("columns", "head", "fallback_maps", "_cache")
 _BLOCK = 256  # recordings looked at in one go, so that a memory-mapped bank is never whole in memory
 
