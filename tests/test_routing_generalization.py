@@ -469,7 +469,7 @@ def test_figures_hold_the_numbers_they_show(comparison, quality, left):
 
     ranks, moved = rank_correlations(quality), threshold_transfer(comparison, ["energy"])
     drawn = [figures.quality_heatmap_figure(quality), figures.rank_matrix_figure(ranks, stratum="all"),
-             figures.rank_matrix_figure(ranks, "rho", network="worse", width="text"),
+             figures.rank_matrix_figure(ranks, "rho", network="worse", width="text"), figures.rank_shifts_figure(ranks),
              figures.transfer_figure(moved, "energy"), figures.transfer_figure(moved, "energy", "regret"),
              figures.agreement_figure(decision_agreement(comparison, DETECTORS)),
              figures.f1_scatter_figure(*f1_pairs(comparison)), figures.headroom_figure(headroom(comparison)),
@@ -478,7 +478,9 @@ def test_figures_hold_the_numbers_they_show(comparison, quality, left):
         assert len(fig.axes) and len(data) and not data.isna().all(axis=1).any()
         fig.draw_without_rendering()
         plt.close(fig)
-    shown = {float(text.get_text()) for text in drawn[3][0].axes[0].texts}
+    texts = [text.get_text() for text in drawn[4][0].axes[0].texts]
+    shown = {float(text) for text in texts if text.isdigit()}
+    assert {"steady", "worse", "headless"} <= set(texts) and len(shown) > 3
     assert shown <= {round(100 * value) for value in moved.achieved.dropna()}
     with pytest.raises(ParameterError, match="exactly one"):
         figures.rank_matrix_figure(ranks)

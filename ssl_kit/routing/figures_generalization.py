@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NETWORK_LABELS', 'STRATUM_LABELS', 'network_label', 'stratum_label', 'quality_heatmap_figure', 'rank_matrix_figure',
-           'transfer_figure', 'agreement_figure', 'f1_scatter_figure', 'headroom_figure', 'left_out_figure']
+           'rank_shifts_figure', 'transfer_figure', 'agreement_figure', 'f1_scatter_figure', 'headroom_figure',
+           'left_out_figure']
 
 # %% ../../nbs/routing/figures_generalization.ipynb #f948db2c
 from collections.abc import Mapping, Sequence
@@ -55,7 +56,7 @@ def _some(table: "pd.DataFrame", what: str) -> "pd.DataFrame":
         raise DataError(f"{what}: the table has no row with a value; too few recordings, or every row was left out")
     return table
 
-# %% ../../nbs/routing/figures_generalization.ipynb #9e313981
+# %% ../../nbs/routing/figures_generalization.ipynb #83e8cc74
 def _heat(axes, values: np.ndarray, texts: Sequence[Sequence[str]], limits: tuple[float, float], cmap: str,
           fontsize: float = 6.0):
     "Cells with their numbers, dark on light and light on dark; NaN is plain grey."
@@ -70,7 +71,7 @@ def _heat(axes, values: np.ndarray, texts: Sequence[Sequence[str]], limits: tupl
             red, green, blue, _ = palette(norm(value))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
             axes.text(column, row, texts[row][column], ha="center", va="center", fontsize=fontsize,
-                      color="white" if dark else "black", linespacing=0.95)
+                      color="white" if dark else "black", linespacing=0.95).set_in_layout(False)
     axes.grid(False)
     axes.tick_params(length=0)
     for side in axes.spines.values():
@@ -126,7 +127,7 @@ def quality_heatmap_figure(quality: DetectorQuality, detectors: Sequence[str] | 
     _bar(fig, image, list(grid[0]), "failure AUROC" if not rising else "mean error of the hybrid (°)")
     return fig, pd.concat(frames, ignore_index=True)
 
-# %% ../../nbs/routing/figures_generalization.ipynb #e0a3de61
+# %% ../../nbs/routing/figures_generalization.ipynb #e43f4dcb
 @_styled
 def rank_matrix_figure(table: "pd.DataFrame", statistic: str = "tau", stratum: str | None = None,
                        network: str | None = None, width: str | float = "column"):
@@ -142,25 +143,53 @@ def rank_matrix_figure(table: "pd.DataFrame", statistic: str = "tau", stratum: s
     value = stratum if network is None else network
     part = _some(table[(table[f"{held}_a"] == value) & (table[f"{held}_b"] == value)], f"rank correlations, {value}")
     names = list(dict.fromkeys([*part[f"{side}_a"], *part[f"{side}_b"]]))
+    fig, axes = new_figure(width, 0.85 if width == "column" else min(0.85, 0.25 + 0.085 * len(names)))
+    image = _rank_cells(axes, part, side, names, statistic, True, 5.2 if width == "column" else 6.5)
+    labels = [(network_label if side == "network" else stratum_label)(name) for name in names]
+    _ticks(axes, labels, labels)
+    subject = network_label(value) if held == "network" else f"{stratum_label(value)} recordings"
+    axes.set_title(f"{subject}; framed: ceiling", fontsize=7, loc="left")
+    _bar(fig, image, axes, _STATISTICS[statistic])
+    return fig, part.reset_index(drop=True)
+
+
+@_styled
+def rank_shifts_figure(table: "pd.DataFrame", statistic: str = "tau", width: str | float = "text"):
+    "Rank correlations between the strata of each network, a panel per network, as in rank_matrix_figure without bounds."
+    from ssl_kit.lab.figures import new_figure
+
+    part = _some(table[table["network_a"] == table["network_b"]], "rank correlations between shifts")
+    networks = list(dict.fromkeys(part["network_a"]))
+    names = list(dict.fromkeys([*part["stratum_a"], *part["stratum_b"]]))
+    fig, grid = new_figure(width, 0.24 + 0.72 / max(2, len(networks)), ncols=len(networks), sharey=True, squeeze=False)
+    labels = [stratum_label(name) for name in names]
+    for axes, network in zip(grid[0], networks, strict=True):
+        image = _rank_cells(axes, part[part["network_a"] == network], "stratum", names, statistic, False,
+                            6.0 if len(names) < 7 else 4.5)
+        _ticks(axes, labels if axes is grid[0, 0] else None, labels, 6.5)
+        axes.set_title(network_label(network), fontsize=8)
+    _bar(fig, image, list(grid[0]), _STATISTICS[statistic])
+    return fig, part.reset_index(drop=True)
+
+# %% ../../nbs/routing/figures_generalization.ipynb #892c3de4
+_STATISTICS = {"tau": "Kendall's τ", "rho": "Spearman's ρ"}
+
+
+def _rank_cells(axes, part: "pd.DataFrame", side: str, names: list[str], statistic: str, bounds: bool, fontsize: float):
+    "The matrix of one panel: same rooms above the diagonal, halves below, frames around the ceilings."
     values = np.full((len(names), len(names)), np.nan)
     texts = [[""] * len(names) for _ in names]
     for row in part.to_dict("records"):
         i, j = sorted((names.index(row[f"{side}_a"]), names.index(row[f"{side}_b"])))
-        halves = row[f"{statistic}_halves"]
-        values[j, i], texts[j][i] = halves, f"{halves:.2f}"
+        values[j, i], texts[j][i] = row[f"{statistic}_halves"], f"{row[f'{statistic}_halves']:.2f}"
         if i != j:
-            values[i, j] = row[statistic]
-            texts[i][j] = f"{row[statistic]:.2f}\n[{row[f'{statistic}_low']:.2f}, {row[f'{statistic}_high']:.2f}]"
-    labels = [(network_label if side == "network" else stratum_label)(name) for name in names]
-    fig, axes = new_figure(width, 0.85 if width == "column" else min(0.85, 0.25 + 0.085 * len(names)))
-    image = _heat(axes, values, texts, (-1, 1), "PuOr", 7.0 if len(names) < 4 else 6.0)
-    for k in range(len(names)):
+            values[i, j], texts[i][j] = row[statistic], f"{row[statistic]:.2f}"
+            if bounds:
+                texts[i][j] += f"\n[{row[f'{statistic}_low']:.2f}, {row[f'{statistic}_high']:.2f}]"
+    image = _heat(axes, values, texts, (-1, 1), "PuOr", fontsize)
+    for k in np.flatnonzero(np.isfinite(np.diag(values))):
         axes.add_patch(_frame(k, k))
-    _ticks(axes, labels, labels)
-    subject = network_label(value) if held == "network" else f"{stratum_label(value)} recordings"
-    axes.set_title(f"{subject}; framed: ceiling", fontsize=7, loc="left")
-    _bar(fig, image, axes, {"tau": "Kendall's τ", "rho": "Spearman's ρ"}[statistic])
-    return fig, part.reset_index(drop=True)
+    return image
 
 
 def _frame(column: float, row: float):
@@ -169,10 +198,10 @@ def _frame(column: float, row: float):
 
     return Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, fill=False, edgecolor="black", linewidth=1)
 
-# %% ../../nbs/routing/figures_generalization.ipynb #d4606765
+# %% ../../nbs/routing/figures_generalization.ipynb #3f1b3fd8
 @_styled
 def transfer_figure(table: "pd.DataFrame", detector: str, value: str = "achieved", width: str | float = "text"):
-    """Source (network, calibration array) against target (network, stratum), raw scores beside quantiles.
+    """Source (network, calibration array; rows) against target (network, stratum; columns), raw scores above quantiles.
 
     value: "achieved" (% routed), "drift" (percentage points beyond what was asked), "regret" (degrees), "f1_change".
     """
@@ -187,25 +216,27 @@ def transfer_figure(table: "pd.DataFrame", detector: str, value: str = "achieved
     mappings = list(dict.fromkeys(part["mapping"]))
     sources = list(dict.fromkeys(zip(part["source_network"], part["source_array"], strict=True)))
     targets = list(dict.fromkeys(zip(part["target_network"], part["target_stratum"], strict=True)))
-    many = len(sources) > 10 or len(targets) > 8
-    fig, grid = new_figure(width, min(1.4, 0.28 + 0.032 * len(sources)), ncols=len(mappings), sharey=True,
-                           squeeze=False)
+    fig, grid = new_figure(width, min(1.5, 0.22 + len(mappings) * (0.08 + 0.03 * len(sources))), nrows=len(mappings),
+                           sharex=True, squeeze=False)
     cells = part.set_index(["mapping", "source_network", "source_array", "target_network", "target_stratum"])[value]
     top = scale * float(np.nanmax(np.abs(part[value])))
     limits = (0, 100) if value == "achieved" else (-max(top, 1e-9), max(top, 1e-9))
-    for axes, mapping in zip(grid[0], mappings, strict=True):
+    one_array = len({array for _, array in sources}) == 1
+    rows = [network_label(n) if one_array else f"{network_label(n)}, {stratum_label(a)}" for n, a in sources]
+    owners = [name for name, _ in targets]
+    for axes, mapping in zip(grid[:, 0], mappings, strict=True):
         values = scale * np.array([[cells.get((mapping, *source, *target), np.nan) for target in targets]
                                    for source in sources], float)
         texts = [[format(v, form) for v in row] for row in values]
         image = _heat(axes, values, texts, limits, "cividis" if value == "achieved" else "PuOr",
-                      4.5 if many else 6.0)
-        _ticks(axes, [f"{network_label(n)}, {stratum_label(a)}" for n, a in sources] if axes is grid[0, 0] else None,
-               [f"{network_label(n)}, {stratum_label(s)}" for n, s in targets], 6.0)
-        _separate(axes, [name for name, _ in sources], [name for name, _ in targets])
-        axes.set_title({"raw": "raw scores", "quantile": "calibration quantiles"}[mapping], fontsize=8)
-    grid[0, 0].set_ylabel("threshold from", fontsize=7)
-    fig.supxlabel("applied to", fontsize=7)
-    _bar(fig, image, list(grid[0]), f"{label}, {label_of(detector)}")
+                      6.0 if len(targets) < 16 else 5.0)
+        _ticks(axes, rows, [stratum_label(s) for _, s in targets], 6.0, 60)
+        _separate(axes, [name for name, _ in sources], owners)
+        axes.set_ylabel({"raw": "raw scores", "quantile": "quantiles"}[mapping], fontsize=7.5)
+    for name in dict.fromkeys(owners):  # the networks that thresholds are applied to, above their columns
+        places = [k for k, owner in enumerate(owners) if owner == name]
+        grid[0, 0].text(np.mean(places), -0.62, network_label(name), ha="center", va="bottom", fontsize=7.5)
+    _bar(fig, image, list(grid[:, 0]), f"{label}, {label_of(detector)}")
     return fig, part.reset_index(drop=True)
 
 
@@ -216,7 +247,7 @@ def _separate(axes, rows: Sequence[str], columns: Sequence[str]) -> None:
             if names[k] != names[k - 1]:
                 draw(k - 0.5, color="white", linewidth=2)
 
-# %% ../../nbs/routing/figures_generalization.ipynb #b247dda7
+# %% ../../nbs/routing/figures_generalization.ipynb #619d386f
 @_styled
 def agreement_figure(table: "pd.DataFrame", width: str | float = "text"):
     "κ of the decisions of each two networks by detector, with intervals; what shared failures explain; κ of failures."
@@ -247,7 +278,7 @@ def agreement_figure(table: "pd.DataFrame", width: str | float = "text"):
     fig.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=7.5, frameon=False)
     return fig, part.reset_index(drop=True)
 
-# %% ../../nbs/routing/figures_generalization.ipynb #5028b3dd
+# %% ../../nbs/routing/figures_generalization.ipynb #be90578f
 @_styled
 def f1_scatter_figure(points: "pd.DataFrame", pairs: "pd.DataFrame", width: str | float = "text"):
     "F1 of each detector on one network against the other, the band in grey, the floor of routing everything dotted."
@@ -277,7 +308,7 @@ def f1_scatter_figure(points: "pd.DataFrame", pairs: "pd.DataFrame", width: str 
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     return fig, points.reset_index(drop=True)
 
-# %% ../../nbs/routing/figures_generalization.ipynb #1905f85c
+# %% ../../nbs/routing/figures_generalization.ipynb #234ede95
 @_styled
 def headroom_figure(table: "pd.DataFrame", width: str | float = "text"):
     "Mean error of network, fallback and true oracle in each stratum, a panel per network."
@@ -311,7 +342,7 @@ def headroom_figure(table: "pd.DataFrame", width: str | float = "text"):
     fig.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     return fig, table.reset_index(drop=True)
 
-# %% ../../nbs/routing/figures_generalization.ipynb #11371040
+# %% ../../nbs/routing/figures_generalization.ipynb #e067f593
 @_styled
 def left_out_figure(tables: Mapping[str, "pd.DataFrame"], value: str = "mae", width: str | float = "text"):
     """Change by having seen a shift in calibration (seen − without), by shift and detector, a panel per network.

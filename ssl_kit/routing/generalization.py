@@ -70,7 +70,7 @@ class Stratum:
         "Share of recordings whose error is above the limit; NaN for an empty stratum."
         return self.n_failures / self.n if self.n else float("nan")
 
-# %% ../../nbs/routing/generalization.ipynb #42189e6a
+# %% ../../nbs/routing/generalization.ipynb #4c564c31
 def shifted_factors(table: ErrorTable, limits: ShiftLimits, arrays: Sequence[str] | None = None) -> dict:
     """Which factors are out of distribution: name -> (n,) bool, for the columns that `table` has.
 
@@ -97,7 +97,8 @@ def shifted_factors(table: ErrorTable, limits: ShiftLimits, arrays: Sequence[str
 
 def shift_strata(table: ErrorTable, limits: ShiftLimits | None = None,
                  arrays: Sequence[str] | None = None) -> dict[str, Stratum]:
-    """Strata of a test table by name: "all", "in_distribution", then one for each shifted factor.
+    """Strata of a test table by name: "all", "in_distribution", then one for each shifted factor; with others="any" also
+    the home array's, to compare with those of other arrays.
 
     Those with too few failures or good answers for a metric are kept in the dict, with the reason in `left_out`.
     """
@@ -106,6 +107,8 @@ def shift_strata(table: ErrorTable, limits: ShiftLimits | None = None,
     n_shifted = sum((rows.astype(int) for rows in factors.values()), np.zeros(len(table), int))
     parts = {"all": np.ones(len(table), bool), "in_distribution": n_shifted == 0}
     parts |= {name: rows & (n_shifted == 1) if limits.others == "held" else rows for name, rows in factors.items()}
+    if arrays is not None and limits.others == "any":
+        parts[f"array_{limits.home}"] = np.asarray(arrays) == limits.home
     return {name: _stratum(name, rows, table, limits) for name, rows in parts.items()}
 
 
