@@ -65,7 +65,7 @@ class Mahalanobis(Detector):
         squared = (x**2).sum(axis=1)[:, None] - 2 * x @ means.T + (means**2).sum(axis=1)
         return np.maximum(squared.min(axis=1), 0)
 
-# %% ../../nbs/routing/detectors_features.ipynb #7ac5be34
+# %% ../../nbs/routing/detectors_features.ipynb #ba6fda1b
 def unit_length(features: np.ndarray) -> np.ndarray:
     "Rows (n, D) over their length; rows of zeros stay zeros."
     length = np.linalg.norm(features, axis=1, keepdims=True)
@@ -84,10 +84,14 @@ class NearestNeighbours(Detector):
         return self
 
     def score(self, table: FeatureBank) -> np.ndarray:
+        k, lengths = min(self.k, len(self.reference)) - 1, (self.reference**2).sum(axis=1)
+
+        def distances(x):
+            squared = (x**2).sum(axis=1)[:, None] - 2 * x @ self.reference.T + lengths
+            return np.sqrt(np.maximum(np.partition(squared, k, axis=1)[:, k], 0))
+
         x = unit_length(pooled_features(table))
-        squared = (x**2).sum(axis=1)[:, None] - 2 * x @ self.reference.T + (self.reference**2).sum(axis=1)
-        k = min(self.k, len(self.reference)) - 1
-        return np.sqrt(np.maximum(np.partition(squared, k, axis=1)[:, k], 0))
+        return np.concatenate([distances(x[start:start + 256]) for start in range(0, len(x), 256)])
 
 # %% ../../nbs/routing/detectors_features.ipynb #c735d259
 def logit_origin(W: np.ndarray, b: np.ndarray) -> np.ndarray:
