@@ -70,7 +70,7 @@ class Stratum:
         "Share of recordings whose error is above the limit; NaN for an empty stratum."
         return self.n_failures / self.n if self.n else float("nan")
 
-# %% ../../nbs/routing/generalization.ipynb #4c564c31
+# %% ../../nbs/routing/generalization.ipynb #53b38448
 def shifted_factors(table: ErrorTable, limits: ShiftLimits, arrays: Sequence[str] | None = None) -> dict:
     """Which factors are out of distribution: name -> (n,) bool, for the columns that `table` has.
 
@@ -97,8 +97,9 @@ def shifted_factors(table: ErrorTable, limits: ShiftLimits, arrays: Sequence[str
 
 def shift_strata(table: ErrorTable, limits: ShiftLimits | None = None,
                  arrays: Sequence[str] | None = None) -> dict[str, Stratum]:
-    """Strata of a test table by name: "all", "in_distribution", then one for each shifted factor; with others="any" also
-    the home array's, to compare with those of other arrays.
+    """Strata of a test table by name: "all", "in_distribution", then one for each shifted factor.
+
+    With others="any" also the home array's, to compare with those of other arrays.
 
     Those with too few failures or good answers for a metric are kept in the dict, with the reason in `left_out`.
     """

@@ -175,7 +175,7 @@ def leave_one_shift_out(calibration: ErrorTable, calibration_shifts: Mapping[str
             rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/routing/generalization_transfer.ipynb #6b11ee72
+# %% ../../nbs/routing/generalization_transfer.ipynb #9c79d4b9
 def _why_not(out: np.ndarray, failures: np.ndarray, rooms: np.ndarray, limits: ShiftLimits) -> str:
     "Why a shift can't be left out and tested, '' when it can."
     if not out.any() or out.all():
@@ -203,7 +203,8 @@ def _with_and_without(test: ErrorTable, routed: list, failures: np.ndarray, n_dr
     decided = np.stack([part for _, part in routed], axis=1)
     errors = np.stack([system_errors(part, test.abs_errors, test.column("fallback_error")) for _, part in routed], 1)
     ones, bad = np.ones(decided.shape), failures[:, None]
-    values = {"rate": weighted_ratio(decided, ones, index, weights), "mae": weighted_ratio(errors, ones, index, weights),
+    values = {"rate": weighted_ratio(decided, ones, index, weights),
+              "mae": weighted_ratio(errors, ones, index, weights),
               "f1": weighted_ratio(2.0 * (decided & bad), decided.astype(float) + bad, index, weights),
               "auroc": np.stack([auroc(scores, failures, weights[:, index]) for scores, _ in routed], axis=1)}
     row = {}
