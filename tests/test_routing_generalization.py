@@ -28,6 +28,7 @@ from ssl_kit.routing.generalization_agreement import (
     decision_agreement,
     f1_pairs,
     headroom,
+    routed_gain,
 )
 from ssl_kit.routing.generalization_ranks import kendall_tau, pick_regret, rank_correlations, spearman_rho
 from ssl_kit.routing.generalization_synthetic import synthetic_networks
@@ -39,7 +40,7 @@ from ssl_kit.routing.generalization_transfer import (
 )
 from ssl_kit.routing.policies import switch, system_errors
 from ssl_kit.routing.registry import held_out_scores, make_detector
-from ssl_kit.routing.thresholds import CalibrationOutcomes, F1Best, TargetRate
+from ssl_kit.routing.thresholds import CalibrationOutcomes, CostAware, F1Best, TargetRate
 
 DETECTORS = ["max_prob", "entropy", "margin", "energy", "sharpness", "knn", "residual"]
 LIMITS = ShiftLimits(home="home", failure_deg=30, others="any")
@@ -459,6 +460,20 @@ def test_headroom_and_confidence(comparison):
     table = confidence_table(comparison, ["entropy", "residual"]).set_index(["network", "detector"])
     assert table.median_failure["steady", "entropy"] > table.median_good["steady", "entropy"]
     assert ("headless", "residual") not in table.index
+
+
+def test_the_gain_itself_as_a_score_captures_all_of_it_and_is_picked():
+    rng = np.random.default_rng(4)
+    fails, fallback = rng.random(600) < 0.3, rng.uniform(0, 100, 600)
+    gain = np.where(fails, 90.0, 2.0) - fallback
+    one = made_network("a", np.stack([rng.normal(size=600), gain, -gain], axis=1), fails, fallback=fallback)
+    comparison = compare_networks([one], LIMITS, n_draws=50)
+    row = routed_gain(comparison, CostAware(0)).set_index("stratum").loc["all"]
+    assert row.detector == "d1" and row.captured == pytest.approx(1) and row.captured_low == pytest.approx(1)
+    assert row.rate == pytest.approx((gain > 0).mean())
+    assert row.gain == pytest.approx(headroom(comparison).set_index("stratum").oracle_gain["all"])
+    forced = routed_gain(comparison, TargetRate(0.3), ["d2"]).set_index("stratum").loc["all"]
+    assert forced.gain_high < 0  # the trap: routing by confidence where SRP-PHAT is worse loses, and says so
 
 
 # figures
