@@ -29,13 +29,13 @@ def frame_maps(samples, geometry: ArrayGeometry, sample_rate: int, window_s: flo
     # with several elevations the best one counts, as in the answer
     return scores.reshape(len(scores), len(config.elevation_deg), N_MAP).max(axis=1).astype(np.float16)
 
-# %% ../../nbs/localize/bank_frames.ipynb #bb3ed901
+# %% ../../nbs/localize/bank_frames.ipynb #d846a9d2
 @dataclass(frozen=True, eq=False)
 class SRPAnswer:
     """What SRP-PHAT says of one recording.
 
     azimuth_deg, confidence: its answer; score (direction,) on `directions_deg`; coarse (72,): the same on 5° steps;
-    maps (window, 72) or None; n_terms of the likelihood; ms: measured milliseconds of "answer", "check", "maps"."""
+    maps (window, 72) or None; n_terms of the likelihood; ms: CPU milliseconds of "answer", "check", "maps"."""
     azimuth_deg: float
     confidence: float
     score: np.ndarray
@@ -68,16 +68,16 @@ def ask_srp(samples, geometry: ArrayGeometry, sample_rate: int = 16000, config: 
     config = config or SRPConfig()
     if config.block_s is not None:
         raise ParameterError(f"srp: a bank has one answer per recording, expected block_s=None, found {config.block_s}")
-    began = time.perf_counter()
+    began = time.process_time()
     track = SRP(config)(samples, geometry, sample_rate)
     azimuth_deg = overall_azimuth_deg(track)
-    ms = {"answer": 1e3 * (time.perf_counter() - began)}
-    began = time.perf_counter()
+    ms = {"answer": 1e3 * (time.process_time() - began)}
+    began = time.process_time()
     coarse = srp_map(samples, geometry, sample_rate, replace(config, n_azimuth=N_MAP))[0]
     coarse = coarse.reshape(len(config.elevation_deg), N_MAP).max(axis=0)
-    ms["check"] = 1e3 * (time.perf_counter() - began)
-    began = time.perf_counter()
+    ms["check"] = 1e3 * (time.process_time() - began)
+    began = time.process_time()
     maps = None if window_s is None else frame_maps(samples, geometry, sample_rate, window_s, config)
-    ms["maps"] = 1e3 * (time.perf_counter() - began)
+    ms["maps"] = 1e3 * (time.process_time() - began)
     return SRPAnswer(azimuth_deg, float(track.confidence[0]), track.score[0], track.directions_deg, coarse, maps,
                      geometry.n_mics, likelihood_terms(samples.shape[1], geometry.n_mics, config, sample_rate), ms)
