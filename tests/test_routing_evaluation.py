@@ -241,7 +241,9 @@ def test_thresholds_see_calibration_alone(banks, result):
     other = test.take(np.arange(100))
     again = evaluate_study(calibration, calibration_srp, other, test_srp, DETECTORS, n_draws=5)
     for name in DETECTORS:
-        assert again.methods[name].thresholds == result.methods[name].thresholds
+        ours, theirs = (dict(r.methods[name].thresholds) for r in (again, result))
+        # the one rule that may see the test's scores, never its labels, and is marked for it
+        assert ours.pop("stream_rate_30") and theirs.pop("stream_rate_30") and ours == theirs
         assert again.methods[name].test == pytest.approx(result.methods[name].test[:100], rel=1e-4, abs=1e-5)
 
 
@@ -276,7 +278,7 @@ def test_same_seed_same_tables(banks, result):
 def test_files_have_one_row_a_recording_and_read_back(result, tmp_path):
     paths = result.save(tmp_path)
     assert {path.name for path in paths.values()} == {"routing_statistics.csv", "hybrid_results.csv",
-                                                      "routing_decisions.csv", "detection_metrics.csv"}
+                                                      "routing_decisions.csv", "detection_metrics.csv", "frame_results.csv"}
     decisions = pd.read_csv(paths["routing_decisions"])
     assert len(decisions) == len(result.test) and decisions["global_index"].is_unique
     routed = decisions["routed_physics_rate_30"].astype(bool)
