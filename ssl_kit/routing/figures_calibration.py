@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reliability_figure', 'confidence_by_class_figure', 'gain_waterfall_figure']
 
-# %% ../../nbs/routing/figures_calibration.ipynb #9df3c7e7
+# %% ../../nbs/routing/figures_calibration.ipynb #0735f849
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ import numpy as np
 from ..lab.errors import DataError
 from .failure_classes import ERROR_CLASSES, confidently_wrong, error_class
 from .figures import _styled, label_of
+from .figures_comparison import width_in
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +59,7 @@ def reliability_figure(tables: Mapping[str, "pd.DataFrame"], errors: Mapping[str
     fig.supylabel(f"share right ({right_is})", fontsize=8)
     return fig, pd.concat([table.assign(confidence_of=title) for title, table in tables.items()], ignore_index=True)
 
-# %% ../../nbs/routing/figures_calibration.ipynb #2adbbf1e
+# %% ../../nbs/routing/figures_calibration.ipynb #2e7756ae
 _CLASS_COLORS = ("#009E73", "#56B4E9", "#E69F00", "#CC79A7", "#D55E00")
 
 
@@ -77,7 +78,7 @@ def confidence_by_class_figure(confidences: Mapping[str, np.ndarray], errors_deg
     from ssl_kit.lab.figures import new_figure
 
     number, frames, classes = error_class(errors_deg), [], list(ERROR_CLASSES)
-    fig, grid = new_figure(width, 0.42, ncols=len(confidences), sharey=True, squeeze=False)
+    fig, grid = new_figure(width, max(0.42, 2.4 / width_in(width)), ncols=len(confidences), sharey=True, squeeze=False)
     for axes, (name, confidence) in zip(grid[0], confidences.items(), strict=True):
         table = confidently_wrong(confidence, errors_deg, groups, quantile, (bars or {}).get(name), n_draws)
         frames.append(table.assign(confidence=name))
@@ -124,7 +125,7 @@ def _distribution(axes, values: np.ndarray, place: float, color: str) -> None:
     axes.plot([low, high], [place, place], color="black", linestyle="-", linewidth=2)
     axes.plot(middle, place, "o", color="white", markeredgecolor="black", markeredgewidth=0.7, markersize=3.5)
 
-# %% ../../nbs/routing/figures_calibration.ipynb #197842ab
+# %% ../../nbs/routing/figures_calibration.ipynb #523ca793
 @_styled
 def gain_waterfall_figure(decompositions: Mapping[str, "pd.DataFrame"], fallback_label: str = "fallback",
                           width: str | float = "text"):
@@ -135,7 +136,8 @@ def gain_waterfall_figure(decompositions: Mapping[str, "pd.DataFrame"], fallback
 
     if not decompositions:
         raise DataError("decompositions: expected at least one table, found none")
-    fig, grid = new_figure(width, 0.5 if len(decompositions) < 4 else 0.42, ncols=len(decompositions), sharey=True,
+    narrow = width_in(width) / len(decompositions) < 3.5  # then the names of the steps stand upright
+    fig, grid = new_figure(width, max(0.42, 2.6 / width_in(width)), ncols=len(decompositions), sharey=True,
                            squeeze=False)
     steps = ["network\nalone", "perfect\nrouter", "ranking", "threshold", "hybrid"]
     for axes, (title, table) in zip(grid[0], decompositions.items(), strict=True):
@@ -156,7 +158,7 @@ def gain_waterfall_figure(decompositions: Mapping[str, "pd.DataFrame"], fallback
         axes.set_title(title, fontsize=7.5, pad=23)
         axes.text(0, 1.02, f"{fallback_label} better: {100 * row['value']['fallback_better']:.0f} %\n"
                   f"routed: {100 * row['value']['rate']:.0f} %", transform=axes.transAxes, fontsize=6.5, va="bottom")
-        axes.set_xticks(range(5), steps, fontsize=6.5, rotation=90 if len(decompositions) > 2 else 0)
+        axes.set_xticks(range(5), steps, fontsize=6.5, rotation=90 if narrow else 0)
         axes.tick_params(axis="x", length=0)
     grid[0, 0].set_ylabel("mean error (°)")
     grid[0, 0].margins(y=0.1)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['decisions_of', 'polar_error_figure', 'routed_share_figure']
 
-# %% ../../nbs/routing/figures_decisions.ipynb #67dc4d17
+# %% ../../nbs/routing/figures_decisions.ipynb #debc2869
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,6 +14,7 @@ from ..lab.errors import DataError, ParameterError
 from ..lab.statistics import percentile_interval
 from .evaluation import StudyResult
 from .figures import _chosen, _note, _styled, headline_threshold, label_of
+from .figures_comparison import width_in
 from .policies import switch, system_errors
 
 # %% ../../nbs/routing/figures_decisions.ipynb #031a50cf
@@ -38,14 +39,14 @@ def _binned(values: np.ndarray, bins: np.ndarray, n_bins: int, row_weights: np.n
                             np.array_split(row_weights, -(-len(row_weights) // 64))])
     return means(np.ones((1, len(values))))[0], *percentile_interval(draws)
 
-# %% ../../nbs/routing/figures_decisions.ipynb #105dde85
+# %% ../../nbs/routing/figures_decisions.ipynb #cadb59c5
 @_styled
 def polar_error_figure(result: StudyResult, method: str, threshold: str | None = None, n_sectors: int = 16,
                        width: str | float = "text"):
     "Mean error by true azimuth of network, fallback and the hybrid of `method`; bounds over rooms in the table."
     import pandas as pd
 
-    from ssl_kit.lab.figures import WIDTHS_IN, new_figure
+    from ssl_kit.lab.figures import new_figure
 
     if not 4 <= n_sectors <= 360:
         raise ParameterError(f"n_sectors: expected 4 to 360, found {n_sectors}")
@@ -54,7 +55,7 @@ def polar_error_figure(result: StudyResult, method: str, threshold: str | None =
     # sectors are centred on 0°, so that "ahead" is one sector and not the border of two
     sector = np.floor(np.mod(np.asarray(test.gt_angles, float) * n_sectors / 360 + 0.5, n_sectors)).astype(int)
     sector = np.minimum(sector, n_sectors - 1)
-    narrow = (WIDTHS_IN[width] if isinstance(width, str) else width) < 4
+    narrow = width_in(width) < 4
     fig, axes = new_figure(width, 1.3 if narrow else 0.75, subplot_kw={"projection": "polar"})
     center = np.arange(n_sectors) * 360.0 / n_sectors
     counts, frames, top = np.bincount(sector, minlength=n_sectors), [], 0.0
@@ -87,7 +88,7 @@ def polar_error_figure(result: StudyResult, method: str, threshold: str | None =
     fig.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=1 if narrow else 3)
     return fig, pd.concat(frames, ignore_index=True)
 
-# %% ../../nbs/routing/figures_decisions.ipynb #6fe5ff8c
+# %% ../../nbs/routing/figures_decisions.ipynb #9817791c
 @_styled
 def routed_share_figure(result: StudyResult, method: str, quantities: Mapping[str, np.ndarray],
                         threshold: str | None = None, n_bins: int = 6, circular: tuple[str, ...] = (),
@@ -108,7 +109,8 @@ def routed_share_figure(result: StudyResult, method: str, quantities: Mapping[st
               f"error > {result.failure_deg:g}°": (test.abs_errors > result.failure_deg, "#D55E00", (0, (5, 1.5)), "s"),
               f"{result.fallback_name.upper()} better": (test.column("fallback_error") < test.abs_errors, "#000000",
                                                          (0, (1, 1.2)), "^")}
-    fig, grid = new_figure(width, 0.42, ncols=len(quantities), sharey=True, squeeze=False)
+    narrow = width_in(width) < 4
+    fig, grid = new_figure(width, 0.75 if narrow else 0.42, ncols=len(quantities), sharey=True, squeeze=False)
     frames = []
     for axes, (quantity, values) in zip(grid[0], quantities.items(), strict=True):
         bins, center = _bins_of(quantity, values, len(test), n_bins, quantity in circular)
@@ -129,7 +131,8 @@ def routed_share_figure(result: StudyResult, method: str, quantities: Mapping[st
     grid[0, 0].set_ylabel("recordings (%)")
     grid[0, 0].set_ylim(bottom=0)
     _note(grid[0, -1], result.protocol)
-    fig.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    fig.legend(loc="outside upper center", ncols=3, fontsize=7 if narrow else 8, frameon=False,
+               handlelength=1.5 if narrow else 2.5, columnspacing=1)
     return fig, pd.concat(frames, ignore_index=True)
 
 

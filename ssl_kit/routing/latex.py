@@ -80,7 +80,7 @@ def _system_rows(result: StudyResult, threshold: str) -> "pd.DataFrame":
     limit = np.where(frame["threshold"] == "unlimited", ", unlimited", "")
     return frame.set_index(frame["method"].to_numpy() + limit.astype(object))
 
-# %% ../../nbs/routing/latex.ipynb #8fff3482
+# %% ../../nbs/routing/latex.ipynb #cd7c2706
 def format_interval(value: float, low: float = np.nan, high: float = np.nan, digits: int = 1, bold: bool = False,
                     siunitx: bool = False) -> str:
     r"LaTeX of a value with its bounds in small brackets; a dash for NaN, no brackets without bounds."
@@ -112,7 +112,7 @@ def latex_protocol_table(results: Sequence[StudyResult], path: str | os.PathLike
     cells = {}
     for protocol, name in dict.fromkeys(column[:2] for column in numbers.columns):
         title, factor, digits, better = _COLUMNS[name]
-        values = factor * numbers[protocol, name]
+        values = factor * numbers[protocol][name]
         best = np.zeros(len(values), bool)
         if better and protocol != "leaky":
             fair = values["value"].where(honest).round(digits)
