@@ -167,9 +167,9 @@ def paired_difference(a, b, groups, statistic: str | Callable = "mean", n_draws:
         _point_and_draws(part, groups, statistic, n_draws, seed) for part in pair)
     return _as_interval(point_a - point_b, draws_a - draws_b, level, n_clusters, a.ndim == 1)
 
-# %% ../../nbs/lab/statistics.ipynb #4c297de5
+# %% ../../nbs/lab/statistics.ipynb #ef26cd86
 def bootstrap_p_value(draws: np.ndarray) -> np.ndarray:
-    """Two-sided p of "the difference is zero" for `draws` (draw, column) of paired differences: (column,), float for 1-d.
+    """Two-sided p of "no difference" for `draws` (draw, column) of paired differences: (column,), float for 1-d.
 
     Draws without a value (NaN) are left out; a column without any is NaN. At least 2 / (draws + 1).
     """
@@ -212,7 +212,7 @@ def adjust_p_values(p_values, method: str = "holm") -> np.ndarray:
     adjusted[order] = np.minimum(raised, 1.0)
     return adjusted
 
-# %% ../../nbs/lab/statistics.ipynb #fdbe38fa
+# %% ../../nbs/lab/statistics.ipynb #9a167d74
 @dataclass(frozen=True, eq=False)
 class SimultaneousIntervals:
     "Intervals (column,) that hold together, c in standard errors, and single-step adjusted p-values (column,)."
@@ -244,7 +244,8 @@ def simultaneous_interval(estimate, draws: np.ndarray, level: float = 0.95) -> S
     critical = float(np.quantile(largest, level, method="higher"))
     size = np.where(varies, np.abs(estimate) / safe, np.where(estimate == 0, 0.0, np.inf))
     p = (1 + (largest[:, None] >= size).sum(axis=0)) / (1 + len(draws))
-    return SimultaneousIntervals(estimate - critical * error * varies, estimate + critical * error * varies, critical, p)
+    reach = critical * error * varies
+    return SimultaneousIntervals(estimate - reach, estimate + reach, critical, p)
 
 # %% ../../nbs/lab/statistics.ipynb #fb8db24f
 def mean_ranks(losses: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from .figures_comparison import width_in
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/routing/figures_calibration.ipynb #f891aa11
+# %% ../../nbs/routing/figures_calibration.ipynb #a46ad9e5
 @_styled
 def reliability_figure(tables: Mapping[str, "pd.DataFrame"], errors: Mapping[str, Mapping[str, float]] | None = None,
                        right_is: str = "error ≤ 10°", n_columns: int = 3, width: str | float = "text"):
@@ -46,7 +46,8 @@ def reliability_figure(tables: Mapping[str, "pd.DataFrame"], errors: Mapping[str
         density = share / wide
         axes.bar(table["edge_low"], 0.22 * density / density.max(), wide, align="edge", color="#DCDCDC", linewidth=0)
         axes.vlines(table["confidence"], table["right_low"], table["right_high"], color="#0072B2", linewidth=1.2)
-        axes.plot(table["confidence"], table["right"], marker="o", linestyle="-", color="#0072B2", markersize=3.5, linewidth=0.8)
+        axes.plot(table["confidence"], table["right"], marker="o", linestyle="-", color="#0072B2", markersize=3.5,
+                  linewidth=0.8)
         axes.set(xlim=(-0.02, 1.03), ylim=(-0.02, 1.03), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
         axes.set_title(title, fontsize=7.5, pad=12 if errors is not None else 4)
         if errors is not None:
@@ -59,7 +60,7 @@ def reliability_figure(tables: Mapping[str, "pd.DataFrame"], errors: Mapping[str
     fig.supylabel(f"share right ({right_is})", fontsize=8)
     return fig, pd.concat([table.assign(confidence_of=title) for title, table in tables.items()], ignore_index=True)
 
-# %% ../../nbs/routing/figures_calibration.ipynb #2e7756ae
+# %% ../../nbs/routing/figures_calibration.ipynb #bf5486d4
 _CLASS_COLORS = ("#009E73", "#56B4E9", "#E69F00", "#CC79A7", "#D55E00")
 
 
@@ -94,7 +95,8 @@ def confidence_by_class_figure(confidences: Mapping[str, np.ndarray], errors_deg
                           f"{100 * row.share:.0f} % [{100 * row.share_low:.0f}, {100 * row.share_high:.0f}]",
                           fontsize=6, va="center", ha="left")
         axes.set(xlim=(low - 0.02 * room, max(high, bar) + room), ylim=(-0.6, len(classes) - 0.1))
-        axes.text(max(high, bar) + 0.12 * room, len(classes) - 0.5, "confident", fontsize=6, va="center", style="italic")
+        axes.text(max(high, bar) + 0.12 * room, len(classes) - 0.5, "confident", fontsize=6, va="center",
+                  style="italic")
         axes.set_xlabel((labels or {}).get(name, label_of(name)), fontsize=8)
         axes.locator_params(axis="x", nbins=4)
         axes.tick_params(labelsize=7)
@@ -111,7 +113,8 @@ def _class_label(name: str) -> str:
     low, high = ERROR_CLASSES[name]
     if "°" in name:
         return name
-    return f"{name}, ≤ {high:g}°" if low == 0 else f"{name}, > {low:g}°" if high == 180 else f"{name}, {low:g}–{high:g}°"
+    span = f"≤ {high:g}°" if low == 0 else f"> {low:g}°" if high == 180 else f"{low:g}–{high:g}°"
+    return f"{name}, {span}"
 
 
 def _distribution(axes, values: np.ndarray, place: float, color: str) -> None:

@@ -22,7 +22,7 @@ from .figures import headline_threshold, label_of
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/routing/latex.ipynb #9082763c
+# %% ../../nbs/routing/latex.ipynb #aca0092d
 # title in LaTeX, factor, digits, and which end is the better one
 _COLUMNS = {"rate": (r"routed (\%)", 100, 0, None), "mae": (r"MAE (\textdegree{})", 1, 1, "min"),
             "median": (r"median (\textdegree{})", 1, 1, "min"), "acc5": (r"within 5\textdegree{} (\%)", 100, 1, "max"),
@@ -35,10 +35,11 @@ _PROTOCOL_TITLES = {"in_distribution": "in-distribution calibration", "shifted":
 
 def protocol_table(results: Sequence[StudyResult], threshold: str | None = None,
                    columns: Sequence[str] = ("rate", "mae", "acc5")) -> "pd.DataFrame":
-    """Numbers of every system under every protocol at one threshold: index (kind, method), columns (protocol, column, part).
+    """Numbers of every system under every protocol at one threshold; NaN where a system has no such value.
 
-    part is value, low or high; kind is baseline (both systems alone, random, oracles) or method, methods by rising MAE
-    of the first honest protocol. `threshold` None: the first study's headline one. NaN where a system has no such value.
+    Index (kind, method): kind is baseline (both systems alone, random, oracles) or method, methods by rising MAE of the
+    first honest protocol. Columns (protocol, column, part): part is value, low or high. `threshold` None: the first
+    study's headline one.
     """
     import pandas as pd
 
