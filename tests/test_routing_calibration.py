@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import brier_score_loss
@@ -196,6 +197,26 @@ def test_class_table_by_hand():
     assert (table.groupby("confidence")["n"].sum() == 400).all()
 
 
+def test_none_of_nine_is_no_sure_zero():
+    # the trap: every draw of rooms shows no confident failure, and a percentile interval would be [0, 0]
+    errors = np.r_[np.full(91, 2.0), np.full(9, 90.0)]
+    table = confidently_wrong(np.r_[np.linspace(0.5, 1, 91), np.zeros(9)], errors, np.arange(100), n_draws=50)
+    row = table.set_index("class").loc["catastrophic"]
+    peer = binomtest(0, 9).proportion_ci(method="exact")
+    assert (row["share"], row["share_low"], row["share_high"]) == pytest.approx((0, peer.low, peer.high))
+    rooms = np.arange(100) % 30  # nine recordings in nine rooms; three bins are right throughout
+    table = reliability(np.arange(100) / 100, np.arange(100) >= 25, rooms, n_bins=4, n_draws=50)
+    assert (table["right_low"] < 1).all() and table["right_high"].iloc[0] > 0
+
+
+def test_class_table_bounds_the_chance_to_tell_classes_apart():
+    errors, rooms, kind, rng = errors_and_rooms(5)
+    table = class_table({"blind": rng.random(400), "sees": -errors}, errors, rooms, n_draws=200)
+    rows = table[table["class"] == "catastrophic"].set_index("confidence")
+    assert rows["auroc_good_low"]["blind"] < 0.5 < rows["auroc_good_high"]["blind"] and rows["auroc_good"]["sees"] == 1
+    assert table[table["class"] == "good"]["auroc_good"].isna().all()
+
+
 def test_confidently_wrong_counts_a_quarter_and_knows_another_bar():
     errors, rooms, kind, rng = errors_and_rooms(1)
     table = confidently_wrong(rng.random(400), errors, rooms, n_draws=200)
@@ -203,7 +224,7 @@ def test_confidently_wrong_counts_a_quarter_and_knows_another_bar():
     good = table.iloc[0]
     assert good["share_low"] < 0.25 < good["share_high"] and good["share"] == good["confident"] / (kind == 0).sum()
     sure_and_wrong = confidently_wrong((kind == 1).astype(float), errors, rooms, threshold=0.5, n_draws=50).iloc[2]
-    assert sure_and_wrong["share"] == sure_and_wrong["of_confident"] == sure_and_wrong["share_low"] == 1
+    assert sure_and_wrong["share"] == sure_and_wrong["of_confident"] == sure_and_wrong["share_high"] == 1
     nobody = confidently_wrong(np.zeros(400), errors, rooms, threshold=0.5, n_draws=50)
     assert nobody["confident"].sum() == 0 and nobody["of_confident"].isna().all()
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CORRECTIONS', 'cluster_index', 'cluster_weights', 'weighted_ratio', 'weighted_mean', 'weighted_median', 'Interval',
-           'percentile_interval', 'cluster_bootstrap', 'paired_difference', 'bootstrap_p_value', 'draws_needed',
-           'adjust_p_values', 'SimultaneousIntervals', 'simultaneous_interval', 'mean_ranks', 'FriedmanTest',
-           'friedman_test', 'critical_difference']
+           'percentile_interval', 'share_interval', 'cluster_bootstrap', 'paired_difference', 'bootstrap_p_value',
+           'draws_needed', 'adjust_p_values', 'SimultaneousIntervals', 'simultaneous_interval', 'mean_ranks',
+           'FriedmanTest', 'friedman_test', 'critical_difference']
 
 # %% ../../nbs/lab/statistics.ipynb #3d7a9e7b
 from collections.abc import Callable
@@ -114,7 +114,18 @@ def percentile_interval(draws: np.ndarray, level: float = 0.95) -> tuple[np.ndar
     low, high = np.percentile(draws, [tail, 100 - tail], axis=0)
     return low, high
 
-# %% ../../nbs/lab/statistics.ipynb #e108773d
+# %% ../../nbs/lab/statistics.ipynb #2bd4d6d3
+def share_interval(share, draws: np.ndarray, n_clusters, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of shares (column,) from draws (draw, column): percentiles, exact binomial where the share is 0 or 1.
+
+    `n_clusters` (column,) counts the clusters that each share was seen in.
+    """
+    low, high = percentile_interval(draws, level)
+    share, n_clusters = np.asarray(share, np.float64), np.maximum(n_clusters, 1)
+    edge = (0.5 * (1 - level)) ** (1.0 / n_clusters)
+    return np.where(share == 1, edge, low), np.where(share == 0, 1 - edge, high)
+
+# %% ../../nbs/lab/statistics.ipynb #a2fd3ea8
 def _point_and_draws(columns: np.ndarray, groups, statistic: str | Callable, n_draws: int, seed: int):
     "The statistic of the sample (column,) and of each draw (draw, column), and the number of clusters."
     index, n_clusters = cluster_index(groups)
@@ -141,7 +152,7 @@ def _as_interval(point, draws, level: float, n_clusters: int, scalar: bool) -> I
         point, low, high = (float(np.ravel(part)[0]) for part in (point, low, high))
     return Interval(point, low, high, level, len(draws), n_clusters)
 
-# %% ../../nbs/lab/statistics.ipynb #d93b8f58
+# %% ../../nbs/lab/statistics.ipynb #27d59b6d
 def cluster_bootstrap(values, groups, statistic: str | Callable = "mean", n_draws: int = 1000, level: float = 0.95,
                       seed: int = 0) -> Interval:
     """Percentile interval of a statistic of `values` (row,) or (row, column), clusters of `groups` (row,) resampled.
@@ -155,7 +166,7 @@ def cluster_bootstrap(values, groups, statistic: str | Callable = "mean", n_draw
     point, draws, n_clusters = _point_and_draws(columns, groups, statistic, n_draws, seed)
     return _as_interval(point, draws, level, n_clusters, values.ndim == 1 or callable(statistic))
 
-# %% ../../nbs/lab/statistics.ipynb #2126da38
+# %% ../../nbs/lab/statistics.ipynb #ae49f29f
 def paired_difference(a, b, groups, statistic: str | Callable = "mean", n_draws: int = 1000, level: float = 0.95,
                       seed: int = 0) -> Interval:
     "Interval of statistic(a) − statistic(b) on the same draws; a and b (row,) or (row, column) of the same rows."
@@ -167,7 +178,7 @@ def paired_difference(a, b, groups, statistic: str | Callable = "mean", n_draws:
         _point_and_draws(part, groups, statistic, n_draws, seed) for part in pair)
     return _as_interval(point_a - point_b, draws_a - draws_b, level, n_clusters, a.ndim == 1)
 
-# %% ../../nbs/lab/statistics.ipynb #ef26cd86
+# %% ../../nbs/lab/statistics.ipynb #99faf427
 def bootstrap_p_value(draws: np.ndarray) -> np.ndarray:
     """Two-sided p of "no difference" for `draws` (draw, column) of paired differences: (column,), float for 1-d.
 
@@ -187,7 +198,7 @@ def draws_needed(n_methods: int, alpha: float = 0.05) -> int:
                              f"{alpha}")
     return int(np.ceil(2 * n_methods / alpha - 1 - 1e-9))
 
-# %% ../../nbs/lab/statistics.ipynb #f9a0f3ee
+# %% ../../nbs/lab/statistics.ipynb #43790f77
 CORRECTIONS = ("holm", "bh", "by")
 
 
@@ -212,7 +223,7 @@ def adjust_p_values(p_values, method: str = "holm") -> np.ndarray:
     adjusted[order] = np.minimum(raised, 1.0)
     return adjusted
 
-# %% ../../nbs/lab/statistics.ipynb #9a167d74
+# %% ../../nbs/lab/statistics.ipynb #1e2e48c6
 @dataclass(frozen=True, eq=False)
 class SimultaneousIntervals:
     "Intervals (column,) that hold together, c in standard errors, and single-step adjusted p-values (column,)."
@@ -247,7 +258,7 @@ def simultaneous_interval(estimate, draws: np.ndarray, level: float = 0.95) -> S
     reach = critical * error * varies
     return SimultaneousIntervals(estimate - reach, estimate + reach, critical, p)
 
-# %% ../../nbs/lab/statistics.ipynb #fb8db24f
+# %% ../../nbs/lab/statistics.ipynb #81a4004f
 def mean_ranks(losses: np.ndarray) -> np.ndarray:
     "Mean rank (method,) of losses (block, method): 1 the lowest loss, ties share the mean of their ranks."
     from scipy.stats import rankdata

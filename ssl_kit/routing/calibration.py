@@ -5,14 +5,21 @@
 # %% auto #0
 __all__ = ['MAPS', 'ConfidenceMap', 'fit_confidence', 'raw_confidence', 'equal_mass_bins', 'reliability', 'calibration_errors']
 
-# %% ../../nbs/routing/calibration.ipynb #e53ea9a7
+# %% ../../nbs/routing/calibration.ipynb #7f8a35a1
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..lab.errors import DataError, ParameterError
-from ..lab.statistics import cluster_index, cluster_weights, percentile_interval, weighted_mean, weighted_ratio
+from ssl_kit.lab.statistics import (
+    cluster_index,
+    cluster_weights,
+    percentile_interval,
+    share_interval,
+    weighted_mean,
+    weighted_ratio,
+)
 from .metrics import validate_scores
 
 if TYPE_CHECKING:
@@ -90,7 +97,7 @@ def raw_confidence(scores: np.ndarray) -> np.ndarray:
                         f"{-confidence.min():.3g}; such a score has no raw confidence, fit a map")
     return np.clip(confidence, 0, 1)
 
-# %% ../../nbs/routing/calibration.ipynb #d3d4b06b
+# %% ../../nbs/routing/calibration.ipynb #3794daa9
 def equal_mass_bins(confidence: np.ndarray, n_bins: int) -> np.ndarray:
     "Bin of each recording (n,), from 0 up, about equally many in each; equal confidences share a bin, none is empty."
     if n_bins < 1:
@@ -115,12 +122,13 @@ def reliability(confidence: np.ndarray, right: np.ndarray, groups: np.ndarray, n
     inside = inside[:, inside.any(axis=0)]
     n = inside.sum(axis=0)
     draws = weighted_ratio(inside & right[:, None], inside, index, cluster_weights(n_rooms, n_draws, seed))
-    low, high = percentile_interval(draws, level)
-    members = [confidence[column] for column in inside.T]
+    members, share = [confidence[column] for column in inside.T], (inside & right[:, None]).sum(axis=0) / n
+    n_rooms = np.array([len(set(index[column])) for column in inside.T])
+    low, high = share_interval(share, draws, n_rooms, level)
     return pd.DataFrame({
-        "bin": np.arange(len(n)), "n": n, "n_rooms": [len(set(index[column])) for column in inside.T],
+        "bin": np.arange(len(n)), "n": n, "n_rooms": n_rooms,
         "edge_low": [part.min() for part in members], "edge_high": [part.max() for part in members],
-        "confidence": [part.mean() for part in members], "right": (inside & right[:, None]).sum(axis=0) / n,
+        "confidence": [part.mean() for part in members], "right": share,
         "right_low": low, "right_high": high})
 
 

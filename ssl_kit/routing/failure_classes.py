@@ -5,20 +5,27 @@
 # %% auto #0
 __all__ = ['ERROR_CLASSES', 'error_class', 'class_table', 'confidently_wrong', 'decompose_gain', 'gain_by_class']
 
-# %% ../../nbs/routing/failure_classes.ipynb #3b386e07
+# %% ../../nbs/routing/failure_classes.ipynb #5d17bb62
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..lab.errors import DataError, ParameterError
-from ..lab.statistics import cluster_index, cluster_weights, percentile_interval, weighted_mean, weighted_ratio
-from .metrics import Ranking, validate_scores
+from ssl_kit.lab.statistics import (
+    cluster_index,
+    cluster_weights,
+    percentile_interval,
+    share_interval,
+    weighted_mean,
+    weighted_ratio,
+)
+from .metrics import Ranking, auroc, validate_scores
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/routing/failure_classes.ipynb #946ae38b
+# %% ../../nbs/routing/failure_classes.ipynb #0f7e1f87
 ERROR_CLASSES = {"good": (0.0, 5.0), "5–10°": (5.0, 10.0), "moderate": (10.0, 25.0), "25–30°": (25.0, 30.0),
                  "catastrophic": (30.0, 180.0)}
 
@@ -36,21 +43,25 @@ def _members(errors_deg: np.ndarray) -> np.ndarray:
     return np.eye(len(ERROR_CLASSES), dtype=bool)[error_class(errors_deg)]
 
 
-def _bounded(name: str, point: np.ndarray, draws: np.ndarray, level: float) -> dict[str, np.ndarray]:
-    low, high = percentile_interval(draws, level)
-    return {name: point, f"{name}_low": low, f"{name}_high": high}
+def _bounded(name: str, point: np.ndarray, draws: np.ndarray, level: float, n_rooms=None) -> dict[str, np.ndarray]:
+    "A value with its bounds; with `n_rooms` it is a share of what was seen in so many rooms."
+    bounds = percentile_interval(draws, level) if n_rooms is None else share_interval(point, draws, n_rooms, level)
+    return {name: point, f"{name}_low": bounds[0], f"{name}_high": bounds[1]}
 
-# %% ../../nbs/routing/failure_classes.ipynb #d74cfca4
+
+def _rooms(members: np.ndarray, index: np.ndarray) -> np.ndarray:
+    "In how many rooms each column of members (n, column) has a recording: (column,)."
+    return np.array([len(set(index[column])) for column in members.T])
+
+# %% ../../nbs/routing/failure_classes.ipynb #8eeda341
 def class_table(confidences: Mapping[str, np.ndarray], errors_deg: np.ndarray, groups: np.ndarray, n_draws: int = 1000,
                 level: float = 0.95, seed: int = 0) -> "pd.DataFrame":
     """A row per confidence (name -> (n,), any unit) and class: n, share, n_rooms, mean with bounds, quartiles.
 
-    A class without recordings has NaN. auroc_good: chance that a recording of the class is less confident than a good
-    one (0.5: can't be told apart), NaN for the good themselves.
+    A class without recordings has NaN. auroc_good (with bounds): chance that a recording of the class is less confident
+    than a good one (0.5: can't be told apart), NaN for the good themselves.
     """
     import pandas as pd
-
-    from ssl_kit.routing.metrics import auroc
 
     members, frames = _members(errors_deg), []
     index, n_rooms = cluster_index(groups)
@@ -60,24 +71,31 @@ def class_table(confidences: Mapping[str, np.ndarray], errors_deg: np.ndarray, g
         validate_scores(confidence, np.asarray(errors_deg))
         values = [confidence[column] if column.any() else np.array([np.nan]) for column in members.T]
         rows = {"confidence": name, "class": list(ERROR_CLASSES), "n": members.sum(axis=0),
-                "share": members.mean(axis=0), "n_rooms": [len(set(index[column])) for column in members.T]}
+                "share": members.mean(axis=0), "n_rooms": _rooms(members, index)}
         rows |= _bounded("mean", np.array([part.mean() for part in values]),
                          weighted_ratio(members * confidence[:, None], members, index, weights), level)
         rows |= {f"q{q}": [np.percentile(part, q) for part in values] for q in (25, 50, 75)}
-        either = [members[:, 0] | column for column in members.T]
-        rows["auroc_good"] = [np.nan, *(auroc(-confidence[rows], column[rows]) for rows, column
-                                        in zip(either[1:], members.T[1:], strict=True))]
-        frames.append(pd.DataFrame(rows))
+        apart = [_auroc_good(confidence, members[:, 0], column, index, weights) for column in members.T[1:]]
+        point, draws = (np.stack([np.full_like(parts[0], np.nan), *parts], axis=-1) for parts in zip(*apart, strict=True))
+        frames.append(pd.DataFrame(rows | _bounded("auroc_good", point[0], draws, level)))
     return pd.concat(frames, ignore_index=True)
 
-# %% ../../nbs/routing/failure_classes.ipynb #629b550a
+
+def _auroc_good(confidence, good, others, index, weights) -> tuple[np.ndarray, np.ndarray]:
+    "AUROC of the others among themselves and the good, for the sample (1,) and for draws (draw,)."
+    rows = good | others
+    blocks = [weights[start:start + 64, index[rows]] for start in range(0, len(weights), 64)]
+    draws = [auroc(-confidence[rows], others[rows], block) for block in blocks]
+    return np.array([auroc(-confidence[rows], others[rows])]), np.concatenate(draws)
+
+# %% ../../nbs/routing/failure_classes.ipynb #8c01ae76
 def confidently_wrong(confidence: np.ndarray, errors_deg: np.ndarray, groups: np.ndarray, quantile: float = 0.75,
                       threshold: float | None = None, n_draws: int = 1000, level: float = 0.95,
                       seed: int = 0) -> "pd.DataFrame":
     """A row per class: n, confident (count), share of the class that is confident, of_confident: the class's share.
 
     Confident is a confidence (n,) of at least `threshold`, or of the sample's own `quantile`. Both shares with bounds
-    over rooms; the bar stays where it is in all draws.
+    over rooms (`share_interval`: none of nine is no sure zero); the bar stays where it is in all draws.
     """
     import pandas as pd
 
@@ -91,8 +109,10 @@ def confidently_wrong(confidence: np.ndarray, errors_deg: np.ndarray, groups: np
     weights = cluster_weights(n_rooms, n_draws, seed)
     n, count, every = members.sum(axis=0), (members & sure).sum(axis=0), np.repeat(sure, members.shape[1], axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        shares = _bounded("share", count / n, weighted_ratio(members & sure, members, index, weights), level) \
-            | _bounded("of_confident", count / sure.sum(), weighted_ratio(members & sure, every, index, weights), level)
+        shares = _bounded("share", count / n, weighted_ratio(members & sure, members, index, weights), level,
+                          _rooms(members, index)) \
+            | _bounded("of_confident", count / sure.sum(), weighted_ratio(members & sure, every, index, weights), level,
+                       _rooms(every, index))
     return pd.DataFrame({"class": list(ERROR_CLASSES), "n": n, "confident": count, **shares, "bar": bar})
 
 # %% ../../nbs/routing/failure_classes.ipynb #8f70a4be
@@ -135,7 +155,7 @@ def _gain_parts(scores, routed, network, fallback, weights) -> dict[str, np.ndar
             "lost_by_ranking": ceiling - best, "best_of_ranking": best, "lost_by_threshold": best - gained,
             "gain": gained, "hybrid_mae": mae - gained, "rate": rate, "gain_of_luck": rate * always}
 
-# %% ../../nbs/routing/failure_classes.ipynb #a02e3e9a
+# %% ../../nbs/routing/failure_classes.ipynb #0ca5dc3b
 def gain_by_class(network_errors: np.ndarray, fallback_errors: np.ndarray, groups: np.ndarray, n_draws: int = 1000,
                   level: float = 0.95, seed: int = 0) -> "pd.DataFrame":
     """A row per class of the network's error, and "all": n, share, fallback_better, gain_if_routed, ceiling.
@@ -155,8 +175,10 @@ def gain_by_class(network_errors: np.ndarray, fallback_errors: np.ndarray, group
     n = members.sum(axis=0)
     rows = {"class": [*ERROR_CLASSES, "all"], "n": n, "share": members.mean(axis=0)}
     with np.errstate(invalid="ignore", divide="ignore"):
-        for name, values in (("fallback_better", members * (gain > 0)), ("gain_if_routed", members * gain)):
-            rows |= _bounded(name, values.sum(axis=0) / n, weighted_ratio(values, members, index, weights), level)
+        for name, values, rooms in (("fallback_better", members * (gain > 0), _rooms(members, index)),
+                                    ("gain_if_routed", members * gain, None)):
+            rows |= _bounded(name, values.sum(axis=0) / n, weighted_ratio(values, members, index, weights), level,
+                             rooms)
     best = members * np.maximum(gain, 0)
     rows |= _bounded("ceiling", best.mean(axis=0), weighted_mean(best, index, weights), level)
     return pd.DataFrame(rows)
