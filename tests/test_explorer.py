@@ -304,6 +304,7 @@ def test_the_panel_works_in_jupyterlab_in_a_browser(tmp_path):
     if not chromium or not driver:
         pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
     webdriver = pytest.importorskip("selenium.webdriver")
+    webdriver_errors = pytest.importorskip("selenium.common.exceptions")
     pytest.importorskip("jupyterlab")
     pytest.importorskip("ipywidgets")
     (tmp_path / "panel.ipynb").write_text(json.dumps(panel_notebook()), encoding="utf-8")
@@ -337,9 +338,14 @@ def test_the_panel_works_in_jupyterlab_in_a_browser(tmp_path):
             except OSError:
                 time.sleep(0.5)
         browser.get(f"http://127.0.0.1:{port}/lab/tree/panel.ipynb?reset")
-        cell = wait_for(".jp-Notebook .cm-content")[0]
-        time.sleep(3)
-        cell.click()
+        for _ in range(20):  # JupyterLab replaces the cell while the page settles
+            try:
+                wait_for(".jp-Notebook .cm-content")[0].click()
+                time.sleep(3)
+                if browser.execute_script("return document.activeElement.classList.contains('cm-content')"):
+                    break
+            except webdriver_errors.WebDriverException:
+                time.sleep(0.5)
         keys = webdriver.Keys
         webdriver.ActionChains(browser).key_down(keys.CONTROL).send_keys(keys.ENTER).key_up(keys.CONTROL).perform()
         listed = wait_for(".ssl-list select option")
