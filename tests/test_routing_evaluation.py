@@ -278,7 +278,8 @@ def test_same_seed_same_tables(banks, result):
 def test_files_have_one_row_a_recording_and_read_back(result, tmp_path):
     paths = result.save(tmp_path)
     assert {path.name for path in paths.values()} == {"routing_statistics.csv", "hybrid_results.csv",
-                                                      "routing_decisions.csv", "detection_metrics.csv", "frame_results.csv"}
+                                                      "routing_decisions.csv", "detection_metrics.csv",
+                                                      "frame_results.csv"}
     decisions = pd.read_csv(paths["routing_decisions"])
     assert len(decisions) == len(result.test) and decisions["global_index"].is_unique
     routed = decisions["routed_physics_rate_30"].astype(bool)

@@ -304,14 +304,14 @@ def decisions_table(systems: list[System], scores: dict[str, MethodScores], test
             columns |= {f"asked_{name}": s.asked.astype(np.int8), f"error_{name}": s.errors}
     return pd.DataFrame(columns)
 
-# %% ../../nbs/routing/evaluation.ipynb #b2d276d0
+# %% ../../nbs/routing/evaluation.ipynb #238eb98b
 @dataclass(frozen=True, eq=False)
 class StudyResult:
     """Tables of one evaluation: statistics, hybrid, decisions, detection (DataFrames), each row labelled with protocol.
 
     methods keeps the scores, test the table they belong to (fallback attached), row_weights (draw, n) the draws,
-    policies each fitted policy with its outcome. left_out: what could not be fitted -> why; frames: a row for each policy
-    that decides frame by frame.
+    policies each fitted policy with its outcome. left_out: what could not be fitted -> why; frames: a row for each
+    policy that decides frame by frame.
     """
     protocol: str
     statistics: "pd.DataFrame"
@@ -345,7 +345,7 @@ class StudyResult:
     def save(self, folder) -> dict[str, Path]:
         """Write routing_statistics.csv, hybrid_results.csv, routing_decisions.csv and detection_metrics.csv.
 
-        And left_out.csv and frame_results.csv where there is something to say; those of an earlier study are removed."""
+        And left_out.csv and frame_results.csv where there is something to say; an earlier study's are removed."""
         import pandas as pd
 
         names = {"routing_statistics": self.statistics, "hybrid_results": self.hybrid,

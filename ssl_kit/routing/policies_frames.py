@@ -45,7 +45,7 @@ def switches(routed: np.ndarray) -> np.ndarray:
     routed = np.asarray(routed, bool)
     return np.diff(routed.astype(np.int8), axis=1, prepend=0).astype(bool).sum(axis=1)
 
-# %% ../../nbs/routing/policies_frames.ipynb #52254fff
+# %% ../../nbs/routing/policies_frames.ipynb #1f7956a3
 @dataclass(frozen=True, eq=False)
 class FrameAnswers:
     "Doubt, the network's and the fallback's azimuths in degrees, the truth's error of both, active frames: all (n, T)."
@@ -71,7 +71,8 @@ def frame_answers(bank: FeatureBank, block: int = 128) -> FrameAnswers:
     "Both answers in every frame; computed once per bank. DataError when maps and logits have other frames."
     if bank.fallback_maps is None or bank.fallback_maps.shape[:2] != bank.logits_pre_sig.shape[:2]:
         found = "none" if bank.fallback_maps is None else bank.fallback_maps.shape
-        raise DataError(f"fallback_maps: expected the {bank.logits_pre_sig.shape[:2]} frames of the logits, found {found}")
+        raise DataError(f"fallback_maps: expected the {bank.logits_pre_sig.shape[:2]} frames of the logits, "
+                        f"found {found}")
 
     def compute():
         doubt, network, fallback = (np.empty(bank.logits_pre_sig.shape[:2], np.float32) for _ in range(3))

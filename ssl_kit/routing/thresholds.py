@@ -29,12 +29,12 @@ def routed_sums(scores: np.ndarray, values: np.ndarray) -> np.ndarray:
     steps = Ranking(scores).steps(values)[::-1, 0]
     return np.concatenate([[0.0], np.cumsum(steps)])
 
-# %% ../../nbs/routing/thresholds.ipynb #20e5e6cc
+# %% ../../nbs/routing/thresholds.ipynb #7587ebdc
 @dataclass(frozen=True, eq=False)
 class CalibrationOutcomes:
     """Scores, network and fallback errors in degrees and room ids of calibration recordings, each (n,).
 
-    stream_scores (m,) or None: scores of the recordings to be routed, without their labels, for the rules that use them.
+    stream_scores (m,) or None: scores of the recordings to be routed, without labels, for the rules that use them.
     """
     scores: np.ndarray
     network_errors: np.ndarray
@@ -94,7 +94,7 @@ def _rate_threshold(scores: np.ndarray, rate: float) -> float:
     routed = routed_sums(scores, np.ones(len(scores)))
     return float(candidate_thresholds(scores)[np.flatnonzero(routed <= rate * len(scores) + 1e-9)[-1]])
 
-# %% ../../nbs/routing/thresholds.ipynb #40abd11a
+# %% ../../nbs/routing/thresholds.ipynb #6a8a32d3
 @dataclass(frozen=True)
 class StreamRate:
     "The lowest threshold that routes at most `rate` of the deployment's own, unlabelled scores."
@@ -112,7 +112,7 @@ class StreamRate:
     def fit(self, calibration: CalibrationOutcomes) -> float:
         scores = calibration.stream_scores
         if scores is None or not len(scores) or not np.isfinite(scores).all():
-            raise DataError(f"threshold {self.name!r}: expected finite scores of the deployment in stream_scores, found "
+            raise DataError(f"threshold {self.name!r}: expected finite scores of the deployment, stream_scores, found "
                             f"{'none' if scores is None or not len(scores) else 'NaN or infinity'}")
         return _rate_threshold(np.asarray(scores, np.float64), self.rate)
 
