@@ -332,7 +332,9 @@ def test_without_gradio_the_message_says_how_to_get_it(monkeypatch):
 
 
 SERVER = """import argparse, os, sys, threading
-threading.Timer(300, lambda: os._exit(0)).start()
+timer = threading.Timer(300, lambda: os._exit(0))
+timer.daemon = True
+timer.start()
 from ssl_kit.apps.route_page import add_page_arguments, run_page
 parser = argparse.ArgumentParser()
 add_page_arguments(parser)
@@ -361,7 +363,8 @@ def served():
 @pytest.mark.slow
 def test_a_taken_port_is_named(served):
     port, _ = served
-    done = subprocess.run([sys.executable, "-c", SERVER, "--port", str(port)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SERVER, "--port", str(port)], capture_output=True, text=True,
+                          timeout=120)
     assert done.returncode and f"--port {port}" in done.stderr and "choose another port" in done.stderr
 
 
