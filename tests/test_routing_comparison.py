@@ -2,6 +2,7 @@
 import re
 import shutil
 import subprocess
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import friedmanchisquare
 
 from ssl_kit.lab.errors import DataError, ParameterError
-from ssl_kit.lab.figures import save_figure
+from ssl_kit.lab.figures import figure_style, save_figure
 from ssl_kit.lab.statistics import paired_difference
 from ssl_kit.routing import figures_calibration, figures_comparison, figures_decisions, latex
 from ssl_kit.routing.calibration import calibration_errors, fit_confidence, reliability
@@ -179,6 +180,14 @@ def test_ranks_need_complete_rooms():
 # figures: what they show is what the tables say
 
 
+def assert_laid_out(fig, data):
+    "The layout finds room for everything (it only warns when it does not), and the numbers are there."
+    with warnings.catch_warnings(), figure_style():
+        warnings.simplefilter("error")
+        fig.draw_without_rendering()
+    assert len(data) and not data.columns.duplicated().any()
+
+
 def test_figures_keep_their_numbers(result, tmp_path):
     losses = hybrid_losses(result, "rate_30")
     comparison = compare_with_reference(losses, result.test.group_ids)
@@ -191,9 +200,9 @@ def test_figures_keep_their_numbers(result, tmp_path):
         "rates": figures_comparison.rate_ablation_figure(result),
         "polar": figures_decisions.polar_error_figure(result, "knn", n_sectors=8),
         "shares": figures_decisions.routed_share_figure(result, "knn", quantities, circular=("true azimuth (°)",))}
-    for name, (fig, data) in drawn.items():
-        paths = save_figure(fig, name, data, tmp_path, formats=("png",))
-        assert paths["png"].stat().st_size > 5000 and len(data)
+    for fig, data in drawn.values():
+        assert_laid_out(fig, data)
+    assert save_figure(*drawn["cd"][:1], "cd", drawn["cd"][1], tmp_path, formats=("png",))["png"].stat().st_size > 5000
     assert drawn["cd"][1]["mean_rank"].tolist() == ranking.ranks.tolist()
     assert drawn["forest"][1]["gain"].is_monotonic_increasing
     polar = drawn["polar"][1]
@@ -238,7 +247,7 @@ def test_pareto_front_is_what_nothing_dominates(points):
     assert {points[i] for i in np.flatnonzero(front)} == {points[i] for i in range(len(points)) if not beaten[i]}
 
 
-def test_figures_of_confidence(result, tmp_path):
+def test_figures_of_confidence(result):
     test, score = result.test, result.methods["max_prob"].test
     right = test.abs_errors <= 10
     confidence = fit_confidence(score, right)(score)
@@ -246,12 +255,12 @@ def test_figures_of_confidence(result, tmp_path):
     errors = {name: calibration_errors(confidence, right, test.group_ids, n_draws=20) for name in tables}
     parts = {name: decompose_gain(score, value, test.abs_errors, test.column("fallback_error"), test.group_ids, 20)
              for name, value in result.methods["max_prob"].thresholds.items()}
-    for name, (fig, data) in {
-            "reliability": figures_calibration.reliability_figure(tables, errors),
-            "classes": figures_calibration.confidence_by_class_figure({"max_prob": -score}, test.abs_errors,
-                                                                      test.group_ids, n_draws=20, width="column"),
-            "waterfall": figures_calibration.gain_waterfall_figure({"30 %": parts["rate_30"]}, width="column")}.items():
-        assert save_figure(fig, name, data, tmp_path, formats=("png",))["png"].stat().st_size > 5000
+    for fig, data in (
+            figures_calibration.reliability_figure(tables, errors),
+            figures_calibration.confidence_by_class_figure({"max_prob": -score}, test.abs_errors, test.group_ids,
+                                                           n_draws=20, width="column"),
+            figures_calibration.gain_waterfall_figure({"30 %": parts["rate_30"]}, width="column")):
+        assert_laid_out(fig, data)
 
 
 @pytest.mark.parametrize(("call", "error", "words"), [

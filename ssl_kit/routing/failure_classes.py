@@ -53,7 +53,7 @@ def _rooms(members: np.ndarray, index: np.ndarray) -> np.ndarray:
     "In how many rooms each column of members (n, column) has a recording: (column,)."
     return np.array([len(set(index[column])) for column in members.T])
 
-# %% ../../nbs/routing/failure_classes.ipynb #8eeda341
+# %% ../../nbs/routing/failure_classes.ipynb #63da8cb2
 def class_table(confidences: Mapping[str, np.ndarray], errors_deg: np.ndarray, groups: np.ndarray, n_draws: int = 1000,
                 level: float = 0.95, seed: int = 0) -> "pd.DataFrame":
     """A row per confidence (name -> (n,), any unit) and class: n, share, n_rooms, mean with bounds, quartiles.
@@ -76,7 +76,8 @@ def class_table(confidences: Mapping[str, np.ndarray], errors_deg: np.ndarray, g
                          weighted_ratio(members * confidence[:, None], members, index, weights), level)
         rows |= {f"q{q}": [np.percentile(part, q) for part in values] for q in (25, 50, 75)}
         apart = [_auroc_good(confidence, members[:, 0], column, index, weights) for column in members.T[1:]]
-        point, draws = (np.stack([np.full_like(parts[0], np.nan), *parts], axis=-1) for parts in zip(*apart, strict=True))
+        point, draws = (np.stack([np.full_like(parts[0], np.nan), *parts], axis=-1)  # NaN for the good themselves
+                        for parts in zip(*apart, strict=True))
         frames.append(pd.DataFrame(rows | _bounded("auroc_good", point[0], draws, level)))
     return pd.concat(frames, ignore_index=True)
 
