@@ -145,7 +145,7 @@ def _bounds(name: str, draws: np.ndarray) -> dict[str, float]:
     low, high = percentile_interval(draws)
     return {f"{name}_low": float(low), f"{name}_high": float(high)}
 
-# %% ../../nbs/routing/generalization_agreement.ipynb #dd4111a5
+# %% ../../nbs/routing/generalization_agreement.ipynb #4967e2fe
 def headroom(comparison: NetworkComparison, margin_deg: float = 5.0) -> "pd.DataFrame":
     """What routing could gain for each network and stratum: errors of network, fallback and true oracle, with bounds.
 
@@ -157,7 +157,7 @@ def headroom(comparison: NetworkComparison, margin_deg: float = 5.0) -> "pd.Data
 
     weights = np.concatenate([np.ones_like(comparison.weights[:1]), comparison.weights])
     table = []
-    for network, stratum in comparison.conditions:
+    for network, stratum in comparison.populated:
         one, rows = comparison.networks[network], comparison.strata[network][stratum].rows
         errors, fallback = one.test.abs_errors, one.test.column("fallback_error")
         gain, failing = np.maximum(errors - fallback, 0), errors > comparison.limits.failure_deg
@@ -172,7 +172,7 @@ def headroom(comparison: NetworkComparison, margin_deg: float = 5.0) -> "pd.Data
         table.append(row)
     return pd.DataFrame(table)
 
-# %% ../../nbs/routing/generalization_agreement.ipynb #cecd8f2b
+# %% ../../nbs/routing/generalization_agreement.ipynb #d68f230e
 def routed_gain(comparison: NetworkComparison, rule=None, detectors: Sequence[str] | None = None) -> "pd.DataFrame":
     """What routing gains for each network and stratum with the detector that its own home calibration picks.
 
@@ -184,7 +184,7 @@ def routed_gain(comparison: NetworkComparison, rule=None, detectors: Sequence[st
     rule, limit = rule or TargetRate(0.3), comparison.limits.failure_deg
     weights = np.concatenate([np.ones_like(comparison.weights[:1]), comparison.weights])
     table = []
-    for network, stratum in comparison.conditions:
+    for network, stratum in comparison.populated:
         one, rows = comparison.networks[network], comparison.strata[network][stratum].rows
         names = [name for name in one.detectors if detectors is None or name in detectors]
         row = {"network": network, "stratum": stratum, "left_out": ""}

@@ -42,7 +42,7 @@ def calibration_quantiles(scores: np.ndarray, reference: np.ndarray) -> np.ndarr
     inside = np.interp(scores, values, share)
     return inside + np.minimum(scores - values[0], 0) / span + np.maximum(scores - values[-1], 0) / span
 
-# %% ../../nbs/routing/generalization_transfer.ipynb #8be0a4e6
+# %% ../../nbs/routing/generalization_transfer.ipynb #2348f085
 MAPPINGS = ("raw", "quantile")
 
 
@@ -52,7 +52,8 @@ def threshold_transfer(comparison: NetworkComparison, detectors: Sequence[str], 
 
     Columns: detector, rule, mapping, source_network, source_array, target_network, target_stratum, asked, achieved,
     drift (their difference), f1, mae, f1_change and regret against the target's own threshold, with 95 % bounds;
-    left_out: why a source has no threshold (all else is NaN), or ''. `rule`: F1Best unless given.
+    left_out: why a source has no threshold (all else is NaN), or ''. f1 is NaN where a stratum has too few failures.
+    `rule`: F1Best unless given.
     """
     import pandas as pd
 
@@ -66,14 +67,14 @@ def threshold_transfer(comparison: NetworkComparison, detectors: Sequence[str], 
             sources = [(one, array, *_fitted(one, array, detector, rule, mapping, comparison.limits.failure_deg))
                        for one in comparison.networks.values() if detector in one.test_scores
                        for array in dict.fromkeys(one.calibration_arrays.tolist())]
-            for network, stratum in comparison.conditions:
+            for network, stratum in comparison.populated:
                 if detector in comparison.networks[network].test_scores and (strata is None or stratum in strata):
                     labels = {"detector": detector, "rule": rule.name, "mapping": mapping}
                     rows += [labels | row for row in
                              _applied(comparison, sources, network, stratum, detector, rule, mapping)]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/routing/generalization_transfer.ipynb #eb616395
+# %% ../../nbs/routing/generalization_transfer.ipynb #b25c10b9
 def _mapped(one: NetworkScores, detector: str, scores: np.ndarray, mapping: str) -> np.ndarray:
     "Scores as they are, or as quantiles of the network's scores on its home calibration."
     if mapping == "raw":
@@ -105,7 +106,10 @@ def _applied(comparison: NetworkComparison, sources: list, network: str, stratum
     except DataError as error:
         return [place | {"left_out": place["left_out"] or str(error)} for place in places]
     routed = [switch(scores, value) for _, _, value, _, why in sources if not why]
-    measured = iter(_against_own(comparison, one, rows, np.stack([own, *routed], axis=1)))
+    measured = _against_own(comparison, one, rows, np.stack([own, *routed], axis=1))
+    if comparison.strata[network][stratum].left_out:  # hardly a failure, or hardly anything else: no F1
+        measured = [{name: value for name, value in row.items() if not name.startswith("f1")} for row in measured]
+    measured = iter(measured)
     result = []
     for place in places:
         row = place | (next(measured) if not place["left_out"] else {})
