@@ -456,3 +456,21 @@ def test_measured_cost_is_that_of_an_empty_cache(banks):
     fitted = fit_and_score([detector], *banks)
     methods, left_out = with_thresholds(fitted, [detector], *banks, (F1Best(), TargetRate(0.2)), 30.0)
     assert list(methods["entropy"].thresholds) == ["f1", "rate_20"] and not left_out
+
+
+def test_pages_of_a_mapped_bank_are_given_back_and_come_back_the_same(raw, tmp_path, monkeypatch):
+    from ssl_kit.routing import fitting
+    from ssl_kit.routing.bank import load_bank, save_bank
+
+    monkeypatch.setattr(fitting, "BLOCK_ABOVE", 50)
+    # members of more than 1 MB are mapped: repeat the frames until they are
+    bank = raw[0]
+    from dataclasses import replace
+    wide = replace(bank, logits_pre_sig=np.tile(bank.logits_pre_sig, (1, 8, 1)),
+                   penultimate_features=np.tile(bank.penultimate_features, (1, 8, 1)))
+    mapped = load_bank(save_bank(wide, tmp_path / "bank.npz"), memory_map=True)
+    assert isinstance(mapped.logits_pre_sig, np.memmap)
+    before = np.array(mapped.logits_pre_sig)
+    fitting.release_pages(mapped)
+    assert np.array_equal(mapped.logits_pre_sig, before)
+    fitting.release_pages(view_rows(mapped, np.arange(100)))

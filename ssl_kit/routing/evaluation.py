@@ -7,7 +7,7 @@ __all__ = ['PROTOCOLS', 'MethodScores', 'score_method', 'with_thresholds', 'Syst
            'policy_outcomes', 'policy_systems', 'baseline_systems', 'bounds', 'statistics_table', 'hybrid_table',
            'detection_table', 'decisions_table', 'StudyResult', 'evaluate_study']
 
-# %% ../../nbs/routing/evaluation.ipynb #e4c5ecce
+# %% ../../nbs/routing/evaluation.ipynb #96b5ad8e
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
@@ -20,7 +20,7 @@ from ..lab.errors import DataError, ParameterError
 from ..lab.files import write_text
 from ..lab.statistics import cluster_index, cluster_weights, percentile_interval, weighted_mean, weighted_median
 from .bank import ErrorTable, FallbackTable, attach_fallback
-from .fitting import FittedScores, fit_and_score, measured_score_ms
+from .fitting import FittedScores, fit_and_score, measured_score_ms, release_pages
 from .metrics import decision_metrics, detection_metrics
 from ssl_kit.routing.policies import (
     Cascade,
@@ -101,7 +101,7 @@ def with_thresholds(fitted: FittedScores, detectors: Sequence[Detector], calibra
         methods[detector.name] = MethodScores(detector, own, theirs, values, detector.cost_ms(test))
     return methods, left_out
 
-# %% ../../nbs/routing/evaluation.ipynb #4f9fd24e
+# %% ../../nbs/routing/evaluation.ipynb #ce3d702e
 @dataclass(frozen=True, eq=False)
 class System:
     """A method under a threshold: who is routed (n,), the errors that follow (n,), what it costs (n,) ms.
@@ -161,6 +161,8 @@ def policy_outcomes(policies: Sequence[Policy] | None, scores: dict[str, MethodS
             outcomes[policy.name] = policy, policy.fit(calibration, own).apply(test, theirs)
         except DataError as error:
             left_out[policy.name] = str(error)
+        for table in (calibration, test):
+            release_pages(table)
     return outcomes, left_out
 
 
