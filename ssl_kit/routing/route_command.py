@@ -97,7 +97,7 @@ def add_route_arguments(parser: argparse.ArgumentParser) -> None:
                             "with --method")
     apply.add_argument("--method", metavar="NAME", help="with --apply: this stored method instead of the chosen one")
 
-# %% ../../nbs/routing/route_command.ipynb #2b1fca0d
+# %% ../../nbs/routing/route_command.ipynb #6fa7a4eb
 def _columns(args):
     "The columns that were named."
     from ssl_kit.routing.route_study import RouteColumns
@@ -153,7 +153,8 @@ def _run_study(args) -> dict:
                         args.seed, args.rule, columns=told, facts={"files": files})
     hidden = ("command", "debug", "json", "apply", "method")
     parameters = {name: value for name, value in vars(args).items() if name not in hidden}
-    folder = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
+    beside = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
+    folder = beside / "route" / out.name  # the page shows these names
     try:
         folder.mkdir(parents=True)
         summary = write_study(study, folder, parameters, files)
@@ -163,7 +164,7 @@ def _run_study(args) -> dict:
             raise
         raise StorageError(f"--out {out}: could not be written ({error.strerror}); nothing was left") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
     return summary
 
 # %% ../../nbs/routing/route_command.ipynb #d326ef0a

@@ -101,11 +101,11 @@ def summary_text(summary: dict, out: Path) -> str:
     lines += [f"left out: {name}: {reason}" for name, reason in summary["left_out"].items()]
     return "\n".join([*lines, f"{out / 'report.html'}"])
 
-# %% ../../nbs/routing/route_output.ipynb #44ac5463
+# %% ../../nbs/routing/route_output.ipynb #4320709b
 def _figures(study: RouteStudy, folder: Path) -> None:
     "The figures that the study can feed."
     import matplotlib.pyplot as plt
-    from ssl_kit.lab.figures import save_figure
+    from ssl_kit.lab.figures import figure_style, save_figure, settled_layout
     from ssl_kit.routing import figures
 
     result, method = study.result, study.rules.chosen[0]
@@ -121,10 +121,13 @@ def _figures(study: RouteStudy, folder: Path) -> None:
                  **drawn,
                  "before_after": (figures.rescued_figure, (method,), f"Errors before and after routing by {method}.")}
     for name, (draw, given, caption) in drawn.items():
+        if name == next(iter(drawn)):  # who was fitted on whom belongs where it is seen
+            caption = f"{caption} {study.how[0].upper()}{study.how[1:]}."
         fig, data = draw(result, *given)
         try:
-            origin = {"stage": "route", "caption": caption, "thesis": name == "mae_vs_rate"}
-            save_figure(fig, name, data, folder, origin)
+            origin = {"stage": "route", "caption": caption, "thesis": name == next(iter(drawn))}
+            with figure_style(), settled_layout(fig):  # once for all formats
+                save_figure(fig, name, data, folder, origin)
         finally:
             plt.close(fig)
 
