@@ -332,7 +332,7 @@ def test_a_source_without_failures_is_named_not_dropped():
     moved = threshold_transfer(comparison, ["d1"], F1Best(), mappings=["raw"]).set_index("source_network")
     assert "no failures" in moved.left_out["sound"].iloc[0] and np.isnan(moved.achieved["sound"].iloc[0])
     points, _ = f1_pairs(comparison)
-    assert points.left_out.str.contains("no failures").all()
+    assert points.left_out.str.contains("0 failures").all() and len(points) == 8  # not an F1 of zero
     assert decision_agreement(comparison, ["d1"], F1Best()).left_out.str.contains("no failures").all()
     with pytest.raises(ParameterError, match="mappings"):
         threshold_transfer(comparison, ["d1"], mappings=["ranks"])

@@ -244,7 +244,7 @@ def _joined(tables: Iterable[ErrorTable]) -> ErrorTable:
     return ErrorTable(**parts, columns={name: np.concatenate([table.columns[name] for table in tables])
                                         for name in shared})
 
-# %% ../../nbs/routing/generalization.ipynb #9b476dd7
+# %% ../../nbs/routing/generalization.ipynb #efeb5bc1
 @dataclass(frozen=True, eq=False)
 class NetworkComparison:
     """Networks that heard the same test rows, their strata, and shared bootstrap draws over rooms.
@@ -267,7 +267,7 @@ class NetworkComparison:
 
     @property
     def populated(self) -> list[tuple[str, str]]:
-        "(network, stratum) of every stratum with enough recordings in two rooms, whether the network fails there or not."
+        "(network, stratum) of every stratum with enough recordings, whether the network fails there or not."
         least = self.limits.min_failures + self.limits.min_good
         return [(network, name) for network, strata in self.strata.items()
                 for name, stratum in strata.items() if stratum.n >= least and stratum.n_rooms >= 2]

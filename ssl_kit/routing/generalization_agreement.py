@@ -92,7 +92,7 @@ def decision_agreement(comparison: NetworkComparison, detectors: Sequence[str], 
             table.append(row)
     return pd.DataFrame(table)
 
-# %% ../../nbs/routing/generalization_agreement.ipynb #342dbdb8
+# %% ../../nbs/routing/generalization_agreement.ipynb #b7a294da
 def f1_pairs(comparison: NetworkComparison, rule=None, stratum: str = "all",
              band: float = 0.05) -> tuple["pd.DataFrame", "pd.DataFrame"]:
     """F1 of every detector on each two networks, and for each pair the share of detectors within ±band.
@@ -111,6 +111,9 @@ def f1_pairs(comparison: NetworkComparison, rule=None, stratum: str = "all",
         failures = (one.test.abs_errors > limit)[:, None]
         decided = {}
         for detector in one.detectors:
+            if comparison.strata[name][stratum].left_out:  # without failures every F1 is zero and says nothing
+                failed[name, detector] = f"{name}, {stratum}: {comparison.strata[name][stratum].left_out}"
+                continue
             try:
                 decided[detector] = one.routed(detector, rule, limit)
             except DataError as error:
