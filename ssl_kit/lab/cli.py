@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import ssl_kit
 from .errors import ParameterError, SslKitError
 
-# %% ../../nbs/lab/cli.ipynb #22cc7844
+# %% ../../nbs/lab/cli.ipynb #3fcc7f16
 COMMANDS = {
     "list": ("ssl_kit.lab.run_commands", "stages, their parameters, and runs"),
     "run": ("ssl_kit.lab.run_commands", "run a stage and what it needs"),
@@ -32,14 +32,22 @@ COMMANDS = {
     "simulate": ("ssl_kit.arrays.simulate_command", "make recordings in simulated rooms, here or on many machines"),
     "train": ("ssl_kit.localize.train_command", "train a localizer, from speech and noise to a model"),
     "localize": ("ssl_kit.localize.command", "say where the sound in a recording comes from"),
+    "route": ("ssl_kit.routing.route_command", "say which of your predictions to trust, from their scores"),
+    "page": ("ssl_kit.apps.route_page", "a page: a recording in, both answers and whom to trust out"),
+    "enhance-train": ("ssl_kit.enhance.train_command", "train a speech enhancer, from speech and noise to a model"),
     "doctor": ("ssl_kit.lab.doctor", "say whether this machine is ready, and what is missing"),
 }
 _EPILOG = "example: ssl-kit run routing_study -p corpus=librispeech   (ssl-kit COMMAND --help shows more)"
 
-# %% ../../nbs/lab/cli.ipynb #6685689f
+# %% ../../nbs/lab/cli.ipynb #9a6e1b08
 def _chosen(argv: Sequence[str]) -> str | None:
     "The subcommand that is meant: the first word that is no option."
     return next((word for word in argv if not word.startswith("-")), None)
+
+
+def _function(command: str) -> str:
+    "A command's name as its functions have it."
+    return command.replace("-", "_")
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
@@ -55,10 +63,10 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
                          help="show the traceback of an error")
         if name == command:
-            getattr(importlib.import_module(module), f"add_{name}_arguments")(sub)
+            getattr(importlib.import_module(module), f"add_{_function(name)}_arguments")(sub)
     return parser
 
-# %% ../../nbs/lab/cli.ipynb #dafe6646
+# %% ../../nbs/lab/cli.ipynb #8f225939
 def _run(argv: Sequence[str]) -> int:
     "Parse and carry out; errors of the kit pass through."
     from ssl_kit.lab.parameters import nearest
@@ -67,7 +75,7 @@ def _run(argv: Sequence[str]) -> int:
     if command is not None and command not in COMMANDS:
         raise ParameterError(f"unknown command {command!r}; {nearest(command, COMMANDS)}")
     args = build_parser(command).parse_args(argv)
-    code = getattr(importlib.import_module(COMMANDS[args.command][0]), f"run_{args.command}")(args)
+    code = getattr(importlib.import_module(COMMANDS[args.command][0]), f"run_{_function(args.command)}")(args)
     sys.stdout.flush()
     return code
 

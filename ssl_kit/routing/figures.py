@@ -23,13 +23,23 @@ from .policies import routing_curve
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/routing/figures.ipynb #64e71aa2
+# %% ../../nbs/routing/figures.ipynb #a1ba3127
 LABELS = {"max_prob": "MaxProb", "max_logit": "MaxLogit", "entropy": "Entropy", "margin": "Margin", "energy": "Energy",
           "temperature": "Temperature", "variance": "Variance", "sharpness": "Sharpness",
           "concentration": "Concentration", "pooled_max_prob": "MaxProb, pooled", "pooled_entropy": "Entropy, pooled",
           "mahalanobis": "Mahalanobis", "knn": "KNN", "vim": "ViM", "residual": "Residual", "she": "SHE",
           "gradnorm": "GradNorm", "physics": "Physics check", "likelihood_ratio": "Likelihood ratio",
-          "disagreement": "Disagreement", "defer": "Learning to defer", "stack": "Stack", "srp": "SRP-PHAT"}
+          "disagreement": "Disagreement", "defer": "Learning to defer", "stack": "Stack", "srp": "SRP-PHAT",
+          "max_logit_pnorm": "MaxLogit-pNorm", "gen": "GEN", "react": "ReAct", "dice": "DICE", "ash_s": "ASH-S",
+          "ash_b": "ASH-B", "odin": "ODIN", "relative_mahalanobis": "Relative Mahalanobis",
+          "temperature_mahalanobis": "Temperature + Mahalanobis", "nnguide": "NNGuide", "sirc": "SIRC",
+          "sirc_residual": "SIRC, residual", "kl_matching": "KL matching", "mc_entropy": "MC dropout, entropy",
+          "mc_mutual_information": "MC dropout, information", "mc_variance": "MC dropout, variance",
+          "ensemble_entropy": "Ensemble, entropy", "ensemble_mutual_information": "Ensemble, information",
+          "ensemble_disagreement": "Ensemble, answers", "temporal_consistency": "Temporal consistency",
+          "temporal_jumps": "Temporal jumps", "deep_svdd": "Deep SVDD", "confidnet_20": "ConfidNet 20°",
+          "confidnet_30": "ConfidNet 30°", "boosted_stack": "Boosted stack",
+          "defer_rich": "Learning to defer, maps"}
 
 
 def label_of(method: str) -> str:
