@@ -23,8 +23,9 @@ def frames(seed=0, n=N):
     rng = np.random.default_rng(seed)
     truth = np.repeat(np.arange(n // 8) * 360 / (n // 8), 8)
     lost, other = rng.random((2, n)) < [[0.3], [0.2]]
-    scores = pd.DataFrame({"global_idx": 1000 + np.arange(n), "pred_angle": (truth + 90 * lost) % 360, "gt_angle": truth,
-                           "max_prob": 0.5 - 0.3 * lost + 0.05 * rng.random(n), "odd": 3.0 * lost + rng.normal(size=n)})
+    scores = pd.DataFrame({"global_idx": 1000 + np.arange(n), "pred_angle": (truth + 90 * lost) % 360,
+                           "gt_angle": truth, "max_prob": 0.5 - 0.3 * lost + 0.05 * rng.random(n),
+                           "odd": 3.0 * lost + rng.normal(size=n)})
     fallback = pd.DataFrame({"global_idx": 1000 + np.arange(n), "srp_pred": (truth + 5 + 100 * other) % 360})
     return scores, fallback
 
@@ -70,8 +71,8 @@ def test_study_with_a_fallback_writes_all_of_it(tmp_path, monkeypatch, capsys):
     said = json.loads(capsys.readouterr().out)
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} >= {
-        "routing_statistics.csv", "hybrid_results.csv", "routing_decisions.csv", "detection_metrics.csv", "thresholds.json",
-        "report.html", "figures"}
+        "routing_statistics.csv", "hybrid_results.csv", "routing_decisions.csv", "detection_metrics.csv",
+        "thresholds.json", "report.html", "figures"}
     assert {path.suffix for path in (out / "figures").glob("mae_vs_rate.*")} == {".pdf", ".png", ".csv", ".json"}
     page = (out / "report.html").read_text()
     assert "split by true azimuth" in page and "data:image/png;base64" in page and ".tmp" not in page
@@ -101,12 +102,12 @@ def test_the_same_seed_gives_the_same_files(here):
 
 
 def test_columns_by_other_names(here):
-    change("scores.csv", lambda f: f.rename(columns={"pred_angle": "guess", "gt_angle": "truth", "global_idx": "id"}).assign(
-        room=np.arange(N) // 24, note="x"))
+    names = {"pred_angle": "guess", "gt_angle": "truth", "global_idx": "id"}
+    change("scores.csv", lambda f: f.rename(columns=names).assign(room=np.arange(N) // 24, note="x"))
     change("fallback.csv", lambda f: f.rename(columns={"global_idx": "id", "srp_pred": "music"}).assign(ms=4.0))
-    route("--scores", "scores.csv", "--fallback", "fallback.csv", "--predicted", "guess", "--truth", "truth", "--index", "id",
-          "--group", "room", "--score", "odd", "--signs", "odd=1", "--fallback-predicted", "music", "--fallback-cost", "ms",
-          "--out", "out")
+    route("--scores", "scores.csv", "--fallback", "fallback.csv", "--predicted", "guess", "--truth", "truth", "--index",
+          "id", "--group", "room", "--score", "odd", "--signs", "odd=1", "--fallback-predicted", "music",
+          "--fallback-cost", "ms", "--out", "out")
     rules = load_rules("out/thresholds.json")
     assert set(rules.methods) == {"odd", "disagreement", "defer"} and "room" in rules.study["sides"]
     hybrid = pd.read_csv("out/hybrid_results.csv").set_index(["method", "threshold"])
@@ -117,8 +118,8 @@ def test_calibration_of_its_own(here):
     other, other_fallback = frames(seed=1)
     other.assign(global_idx=other.global_idx + 5000).to_csv("other.csv", index=False)
     other_fallback.assign(global_idx=other_fallback.global_idx + 5000).to_csv("other_srp.csv", index=False)
-    route("--scores", "scores.csv", "--fallback", "fallback.csv", "--calibration", "other.csv", "--calibration-fallback",
-          "other_srp.csv", "--out", "out")
+    route("--scores", "scores.csv", "--fallback", "fallback.csv", "--calibration", "other.csv",
+          "--calibration-fallback", "other_srp.csv", "--out", "out")
     assert len(pd.read_csv("out/routing_decisions.csv")) == N
     assert "could not be checked" in load_rules("out/thresholds.json").study["sides"]
     with pytest.raises(ParameterError, match="expected 1 tables.*found 0"):
@@ -158,7 +159,8 @@ def test_the_method_is_chosen_on_calibration_not_on_test(here):
     sides = split_sides(load_predictions("scores.csv", RouteColumns()), None)
     lucky = [(part.abs_errors > 30) * 1.0 if part is sides.test else np.random.default_rng(0).normal(size=len(part))
              for part in (sides.calibration, sides.test)]
-    sides = route_study.Sides(sides.calibration.with_columns(lucky=lucky[0]), sides.test.with_columns(lucky=lucky[1]), None, "")
+    sides = route_study.Sides(sides.calibration.with_columns(lucky=lucky[0]), sides.test.with_columns(lucky=lucky[1]),
+                              None, "")
     study = study_sides(sides, {"lucky": 1}, n_draws=5)
     assert study.result.detection.set_index("method").auroc["lucky"] == 1 and study.rules.chosen[0] != "lucky"
     assert choose_method(study.result, sides.calibration, None, "rate_30") == study.rules.chosen[0]
@@ -224,14 +226,13 @@ def test_answered_only_and_drop_repeated_go_on(here):
 def test_wrong_words_are_refused(words, capsys):
     with pytest.raises(SystemExit):
         parse("--scores", "x.csv", *words)
-    assert "expected" in capsys.readouterr().err or "choice" in words or "--rule" in words
+    assert words[0] in capsys.readouterr().err
 
 
 def test_unknown_sign_missing_table_and_misplaced_options(here):
-    for words, error, message in [(("--signs", "nothing=1"), ParameterError, "nothing"), (("--method", "odd"), ParameterError,
-                                  "--apply"), (("--same-recordings",), ParameterError, "--calibration"),
-                                  (("--rule", "cost"), ParameterError, "rate, f1, risk")]:
-        with pytest.raises(error, match=message):
+    for words, message in [(("--signs", "nothing=1"), "nothing"), (("--method", "odd"), "--apply"),
+                           (("--same-recordings",), "--calibration"), (("--rule", "cost"), "rate, f1, risk")]:
+        with pytest.raises(ParameterError, match=message):
             route("--scores", "scores.csv", "--out", "out", *words)
     with pytest.raises(MissingDataError, match="none.csv"):
         route("--scores", "none.csv")
@@ -280,8 +281,8 @@ def test_apply_repeats_the_study_on_its_own_test(here, capsys):
     study = pd.read_csv("out/routing_decisions.csv").set_index("global_index")
     change("scores.csv", lambda f: f.drop(columns="gt_angle"))  # deployment knows no truth
     for method in ("max_prob", "combination", "defer"):
-        route("--scores", "scores.csv", "--fallback", "fallback.csv", "--apply", "out/thresholds.json", "--method", method,
-              "--out", method)
+        route("--scores", "scores.csv", "--fallback", "fallback.csv", "--apply", "out/thresholds.json", "--method",
+              method, "--out", method)
         decided = pd.read_csv(f"{method}/routing_decisions.csv").set_index("index").loc[study.index]
         assert (decided.routed == study[f"routed_{method}_rate_30"]).all()
         assert (decided.answer == np.where(decided.routed, decided.fallback_angle, decided.network_angle)).all()
@@ -300,7 +301,8 @@ def test_apply_first_says_whom_to_ask_then_answers(here, capsys):
     said = json.loads(capsys.readouterr().out)
     second = pd.read_csv("today/routing_decisions.csv")
     assert said["routed_without_answer"] == 1 and said["routed"] == first.routed.sum() == second.routed.sum()
-    assert second.answer.notna().all() and (second.answer[first.routed == 0] == second.network_angle[first.routed == 0]).all()
+    kept = first.routed == 0
+    assert second.answer.notna().all() and (second.answer[kept] == second.network_angle[kept]).all()
 
 
 def test_apply_refuses_what_it_cannot_do(here):
@@ -339,4 +341,5 @@ def test_importing_the_command_is_light():
 
     code = ("import sys, ssl_kit.routing.route_command; "
             "print({'torch', 'pandas', 'matplotlib', 'sklearn'} & set(sys.modules))")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

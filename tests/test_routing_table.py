@@ -7,7 +7,24 @@ import pytest
 
 from ssl_kit.lab.errors import DataError, MissingDataError, ParameterError
 from ssl_kit.routing.bank import make_table
+from ssl_kit.routing.detectors_physics import ColumnDetector
 from ssl_kit.routing.metrics import auroc
+from ssl_kit.routing.real_hybrid import AzimuthPrior, captured_table, cross_fit, hybrid_table_786
+from ssl_kit.routing.real_tables import (
+    COLUMNS,
+    Candidate,
+    CrossArray,
+    angle_features,
+    azimuth_folds,
+    boosted_trees,
+    check_same_recordings,
+    column_features,
+    load_real_tables,
+    logistic,
+    real_candidates,
+    stream_features,
+    training_rows,
+)
 from ssl_kit.routing.table import (
     TableColumns,
     column_detectors,
@@ -92,6 +109,88 @@ def test_join_refuses_a_wrapped_index(tmp_path):
         join_fallback(table, write(tmp_path, "global_idx\n502\n"))
 
 
+def test_a_score_that_is_no_number_is_named(tmp_path):
+    path = write(tmp_path, HEADER + "0,10,12,2,0.9\n1,10,12,2,\n")
+    with pytest.raises(DataError, match="table.csv: column 'max_prob', row 1"):
+        load_score_table(path)
+
+
+def real_like(seed, rng, failing, n_places=24, each=12):
+    """A table of `n_places` azimuths; `failing` (row,): the answer is 97.5° off, the confidences say little of it."""
+    truth = np.repeat(np.arange(n_places) * 15.0, each)
+    columns = {name: rng.uniform(1.1, 1.4, len(truth)) for name in COLUMNS}
+    columns["entropy"] = columns["entropy"] + 0.1 * failing
+    return make_table((truth + 97.5 * failing) % 360, truth, group_ids=[f"p{t:g}" for t in truth], columns=columns)
+
+
+def test_leaving_an_array_out_is_not_enough_when_all_arrays_heard_the_same_places():
+    """The trap of the real tables: where the network fails is remembered by the predicted azimuth."""
+    rng = np.random.default_rng(0)
+    bad_places = np.repeat(rng.random(24) < 0.4, 12)
+    tables = {name: real_like(k, rng, bad_places & (rng.random(288) < 0.9)) for k, name in enumerate("abc")}
+    with_angle = Candidate("angle", "recording", lambda t: np.c_[column_features(t), angle_features(t)], boosted_trees)
+    failures = tables["a"].abs_errors > 30
+    naive = CrossArray(tables, rng.integers(0, 3, 288), share_positions=True).scores(with_angle)["a"]
+    strict = CrossArray(tables, azimuth_folds(tables["a"].gt_angles, 3)).scores(with_angle)["a"]
+    assert auroc(naive, failures) > 0.95 and auroc(strict, failures) < 0.8
+    with pytest.raises(DataError, match="share positions"):
+        CrossArray(tables, rng.integers(0, 3, 288)).scores(with_angle)
+
+
+def test_tables_of_other_recordings_are_no_arrays_of_one_study():
+    rng = np.random.default_rng(0)
+    tables = {name: real_like(0, rng, rng.random(288) < 0.3) for name in "ab"}
+    with pytest.raises(DataError, match="b: global_indices differ"):
+        check_same_recordings({**tables, "b": real_like(0, rng, rng.random(144) < 0.3, 12)})
+
+
+def test_training_rows_do_not_look_into_held_out_places():
+    folds = np.repeat([0, 1, 0, 2], 20)
+    for back, ahead in ((0, 0), (10, 0), (10, 10)):
+        rows = np.flatnonzero(training_rows(folds, [1], back, ahead))
+        seen = {k for row in rows for k in range(row - back, row + ahead + 1) if 0 <= k < 80}
+        assert not seen & set(range(20, 40)) and len(rows) == 60 - back - ahead
+
+
+def test_stream_features_of_the_past_do_not_know_the_future():
+    rng = np.random.default_rng(0)
+    table = real_like(0, rng, rng.random(288) < 0.3)
+    whole, half = stream_features(table), stream_features(table.take(np.arange(150)))
+    assert np.array_equal(whole[:150], half)
+    assert not np.array_equal(stream_features(table, True)[:150], stream_features(table.take(np.arange(150)), True))
+    assert np.isfinite(whole).all()
+
+
+def test_the_choice_of_a_candidate_does_not_see_the_tested_array():
+    """A candidate that is perfect on array `a` alone must not be chosen for it."""
+    rng = np.random.default_rng(0)
+    tables = {name: real_like(k, rng, rng.random(288) < 0.3) for k, name in enumerate("abc")}
+    only_a = {id(table): (table.abs_errors > 30) * (3.0 if name == "a" else 0.0) for name, table in tables.items()}
+    noise = 1e-3 * rng.normal(size=(288, 1))
+    lucky = Candidate("lucky", "recording", lambda t: only_a[id(t)][:, None] + noise, logistic)
+    plain = Candidate("plain", "recording", column_features, logistic)
+    study = CrossArray(tables, azimuth_folds(tables["a"].gt_angles, 3))
+    inner = {c.name: study.inner_aurocs(c) for c in (lucky, plain)}
+    scores = {c.name: study.scores(c) for c in (lucky, plain)}
+    found, names = study.chosen(scores, inner)
+    assert (names[0] == "plain").all() and np.array_equal(found["a"], scores["plain"]["a"])
+
+
+def test_cross_fitted_thresholds_and_a_site_prior():
+    """A rule that memorises the azimuth looks perfect when folds cut places, and knows nothing of a new place."""
+    rng = np.random.default_rng(0)
+    table = real_like(0, rng, np.repeat(rng.random(24) < 0.5, 12))
+    fallback = np.where(table.abs_errors > 30, 2.0, 60.0)
+    table = table.with_columns(fallback_error=fallback, fallback_angle=(table.gt_angles + fallback) % 360,
+                               fallback_confidence=np.zeros(288), place=table.predicted_angles)
+    fit = cross_fit(table, ColumnDetector("entropy"), azimuth_folds(table.gt_angles, 4))
+    assert 0.15 < fit.routed["rate_30"].mean() < 0.45
+    row = captured_table(table, [fit], 50).set_index(["system", "rule"]).loc[("entropy", "rate_30")]
+    assert row.true_oracle_mae <= row.mae and row.captured_low <= row.captured <= row.captured_high
+    with pytest.raises(DataError, match="overlap"):
+        cross_fit(table, ColumnDetector("entropy"), np.arange(288) % 4)
+
+
 def test_combined_tables_must_be_disjoint():
     rng = np.random.default_rng(0)
     table = make_table(np.where(rng.random(60) < 0.4, 90.0, 1.0), np.zeros(60), columns={"a": rng.normal(size=60)})
@@ -146,3 +245,23 @@ def test_real_columns_combined_on_other_arrays_and_positions(results):
     combined = combined_auroc(joined, test.take(half))
     alone = failure_aurocs(test.take(half))["max_prob"]
     assert combined > alone
+
+
+def test_real_combination_of_the_recordings_before_reaches_the_target(results):
+    """New array and new places: 0.86 is reached by looking at the recordings before, not by one recording's scores."""
+    tables = load_real_tables(results)
+    study = CrossArray(tables, azimuth_folds(tables["baseline"].gt_angles, 4))
+    found = {(c.name, c.kind): study.scores(c)["3x12cm_consecutive"] for c in real_candidates()
+             if (c.name, c.kind) in {("logistic", "recording"), ("logistic", "past")}}
+    aurocs = {key: auroc(score, study.failures["3x12cm_consecutive"]) for key, score in found.items()}
+    assert aurocs["logistic", "past"] >= 0.86 > aurocs["logistic", "recording"]
+
+
+def test_real_hybrid_site_knowledge_without_any_score(results):
+    table = hybrid_table_786(load_real_tables(results)["3x12cm_consecutive"],
+                             results / "srp_3x12cm_consecutive_low_confidence.csv")
+    folds = azimuth_folds(table.gt_angles, 10)
+    fits = [cross_fit(table, detector, folds) for detector in (ColumnDetector("entropy"), AzimuthPrior())]
+    rows = captured_table(table, fits, 50).set_index(["system", "rule"]).captured
+    assert len(table) == 785 and rows["better of the two", ""] == 1
+    assert rows["entropy", "cost_0"] < 0.5 < rows["azimuth_prior", "cost_0"]

@@ -165,8 +165,9 @@ def cross_fit(table: ErrorTable, detector: Detector, folds: np.ndarray, rules: S
             routed[rule.name][rows] = scores[rows] > rule.fit(outcomes)
     return CrossFitted(detector.name, knowledge, scores, routed)
 
-# %% ../../nbs/routing/real_hybrid.ipynb #8e5d635d
-def captured_table(table: ErrorTable, fits: Sequence[CrossFitted], n_draws: int = 1000, seed: int = 0) -> "pd.DataFrame":
+# %% ../../nbs/routing/real_hybrid.ipynb #e5e54917
+def captured_table(table: ErrorTable, fits: Sequence[CrossFitted], n_draws: int = 1000,
+                   seed: int = 0) -> "pd.DataFrame":
     """A row per system and rule: rate, mae, acc5, captured, gain over either answer, with 95 % bounds over positions.
 
     Also random, error oracle and true oracle at the same rate. First rows: both answers alone, the better of the two.
@@ -194,7 +195,8 @@ def captured_table(table: ErrorTable, fits: Sequence[CrossFitted], n_draws: int 
         found |= {name: point, f"{name}_low": low, f"{name}_high": high}
     rates = [routed.mean() for *_, routed in masks]
     found["random_mae"] = [(1 - rate) * mae[0] + rate * mae[1] for rate in rates]
-    found["error_oracle_mae"] = [system_errors(error_oracle(rate, network), network, fallback).mean() for rate in rates]
+    found["error_oracle_mae"] = [system_errors(error_oracle(rate, network), network, fallback).mean()
+                                 for rate in rates]
     found["true_oracle_mae"] = [system_errors(true_oracle(rate, network, fallback), network, fallback).mean()
                                 for rate in rates]
     return pd.DataFrame(found)
