@@ -275,7 +275,7 @@ from ssl_kit.routing.explorer import RoutingExplorer
 from ssl_kit.routing.synthetic import synthetic_study
 
 result = evaluate_study(*synthetic_study(n=80, n_rooms=6), detectors=["max_prob", "physics"], n_draws=20)
-explorer = RoutingExplorer(result, lambda index: (0.1 * np.sin(np.arange(16000) / 8), 16000))
+explorer = RoutingExplorer(result, lambda index: (0.1 * np.sin(np.arange(16000) / (8 + index % 9)), 16000))
 explorer.recordings.value = explorer.recordings.options[0][1]
 explorer"""
 
@@ -338,23 +338,30 @@ def test_the_panel_works_in_jupyterlab_in_a_browser(tmp_path):
             except OSError:
                 time.sleep(0.5)
         browser.get(f"http://127.0.0.1:{port}/lab/tree/panel.ipynb?reset")
-        for _ in range(20):  # JupyterLab replaces the cell while the page settles
+        keys = webdriver.Keys
+        for _ in range(40):  # JupyterLab replaces the cell while the page settles, and its kernel takes a while to come
             try:
                 wait_for(".jp-Notebook .cm-content")[0].click()
+                webdriver.ActionChains(browser).key_down(keys.CONTROL).send_keys(keys.ENTER).key_up(
+                    keys.CONTROL).perform()
                 time.sleep(3)
-                if browser.execute_script("return document.activeElement.classList.contains('cm-content')"):
+                if wait_for(".jp-InputPrompt")[0].text.strip(" []:"):  # a star or a number: it runs
                     break
             except webdriver_errors.WebDriverException:
                 time.sleep(0.5)
-        keys = webdriver.Keys
-        webdriver.ActionChains(browser).key_down(keys.CONTROL).send_keys(keys.ENTER).key_up(keys.CONTROL).perform()
-        listed = wait_for(".ssl-list select option")
+        listed = wait_for(".ssl-list select option", 240)
         wait_for("audio")
+        first = browser.execute_script("return document.querySelector('audio').parentElement.outerHTML")
         listed[1].click()
-        time.sleep(2)
-        sound, pictures = browser.execute_script(
-            "return [document.querySelector('audio').duration, "
-            "[...document.querySelectorAll('.jp-OutputArea img')].map(e => e.naturalWidth)]")
+        sound = None
+        for _ in range(60):
+            sound, same, pictures = browser.execute_script(
+                "const a = document.querySelector('audio');"
+                "return [a && a.duration, a && a.parentElement.outerHTML === arguments[0], "
+                "[...document.querySelectorAll('.jp-OutputArea img')].map(e => e.naturalWidth)]", first)
+            if sound and not same:
+                break
+            time.sleep(0.5)
         assert sound == pytest.approx(1.0, abs=0.05)
         assert len(pictures) == 2 and min(pictures) > 300
     finally:

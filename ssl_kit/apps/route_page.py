@@ -137,13 +137,13 @@ def example_file(number: int, array: str, folder) -> tuple[str, str]:
     write_audio(path, recording.samples, recording.sample_rate)
     return str(path), f"{float(np.atleast_1d(recording.azimuth_deg)[0]):.1f}"
 
-# %% ../../nbs/apps/route_page.ipynb #cf0c4e3e
+# %% ../../nbs/apps/route_page.ipynb #373de278
 _CSS = """
 .ssl-page h2 { margin: 0 0 4px 0; } .ssl-page p, .ssl-page li { line-height: 1.4; }
 .ssl-page table { border-collapse: collapse; margin: 10px 0; width: 100%; border: none !important; }
 .ssl-page td, .ssl-page th { padding: 3px 12px 3px 0 !important; text-align: left !important; line-height: 1.25;
   border: none !important; border-bottom: 1px solid #8884 !important; }
-.ssl-page small { color: #8a8a8a; }
+.ssl-page tr { border: none !important; } .ssl-page small { color: #8a8a8a; }
 .ssl-page .ssl-decides td { font-weight: 600; }
 .ssl-bar { display: inline-block; width: 90px; height: 9px; background: #8883; vertical-align: middle; }
 .ssl-bar span { display: block; height: 100%; background: #D55E00; }
