@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALES', 'FinalConfig', 'final_config', 'MaskNetwork', 'FinalNet']
 
-# %% ../../nbs/enhance/final_net.ipynb #733c1b8f
+# %% ../../nbs/enhance/final_net.ipynb #4c1f93ec
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .models import EnhancementNetwork, magnitude_of
-from .spectra import compressed, erb_bands
+from .spectra import apply_mask, compressed, erb_bands
 from ..lab.errors import ParameterError
 
 # %% ../../nbs/enhance/final_net.ipynb #bbd782bb
@@ -117,7 +117,7 @@ class _Block(nn.Module):
         x = x + y * (2 * torch.sigmoid(self.attention_out(gate)))[:, :, None]
         return x, [hidden for _, hidden in parts] + [after]
 
-# %% ../../nbs/enhance/final_net.ipynb #e9a04f78
+# %% ../../nbs/enhance/final_net.ipynb #21bea73d
 class MaskNetwork(nn.Module):
     "From compressed features (batch, 3, freq, frame) to taps (batch, 2 * filter_frames, freq, frame)."
 
@@ -140,6 +140,7 @@ class MaskNetwork(nn.Module):
         with torch.no_grad():
             self.last.weight *= 0.1                                  # begins near the identity
             self.last.bias.zero_()
+            self.last.bias[0] = 1.0
 
     def forward(self, features: torch.Tensor, past: list | None = None) -> tuple[torch.Tensor, list]:
         "Taps, and what the next frames need: give it back as `past`."
@@ -155,7 +156,7 @@ class MaskNetwork(nn.Module):
         taps = self.last(y + self.last_skip(x0))
         return self.to_bins.to(taps.dtype) @ taps, now
 
-# %% ../../nbs/enhance/final_net.ipynb #895e0acd
+# %% ../../nbs/enhance/final_net.ipynb #b0672e1a
 class FinalNet(EnhancementNetwork):
     "Complex mask and filter over frames from two recurrent paths over compressed ERB bands."
 
@@ -186,19 +187,15 @@ class FinalNet(EnhancementNetwork):
         "Enhanced spectrum and mask, (batch, 2, freq, frame) both; `earlier` are the filter_frames - 1 frames before."
         cfg, n_frames = self.config, spectrum.shape[-1]
         taps = taps.float().unflatten(1, (cfg.filter_frames, 2))
-        mask = taps[:, 0] + torch.tensor([1.0, 0.0], device=taps.device)[:, None, None]
+        mask = taps[:, 0]
         n_before = cfg.filter_frames - 1
         known = F.pad(spectrum, (n_before, 0)) if earlier is None else torch.cat([earlier, spectrum], dim=-1)
-        real, imag = spectrum[:, 0], spectrum[:, 1]
-        a, b = real * mask[:, 0] - imag * mask[:, 1], real * mask[:, 1] + imag * mask[:, 0]
-        low_a, low_b = a[:, :cfg.n_low], b[:, :cfg.n_low]
+        enhanced = apply_mask(spectrum, mask)
+        low = enhanced[:, :, :cfg.n_low]
         for k in range(1, cfg.filter_frames):
             before = known[:, :, :cfg.n_low, n_before - k:n_before - k + n_frames]
-            tap = taps[:, k, :, :cfg.n_low]
-            low_a = low_a + before[:, 0] * tap[:, 0] - before[:, 1] * tap[:, 1]
-            low_b = low_b + before[:, 0] * tap[:, 1] + before[:, 1] * tap[:, 0]
-        whole = [torch.cat([low, part[:, cfg.n_low:]], dim=1) for low, part in ((low_a, a), (low_b, b))]
-        return torch.stack(whole, dim=1), mask
+            low = low + apply_mask(before, taps[:, k, :, :cfg.n_low])
+        return torch.cat([low, enhanced[:, :, cfg.n_low:]], dim=2), mask
 
     def forward_with_mask(self, noisy):
         "Enhanced signals (batch, sample) and the complex mask of the newest frame's tap (batch, 2, freq, frame)."
