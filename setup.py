@@ -23,7 +23,8 @@ def asset_files():
 
 settings = read_settings()
 readme = HERE / "README.md"
-dev, docs, distributed = (settings[f"{extra}_requirements"].split() for extra in ("dev", "docs", "distributed"))
+EXTRAS = ("dev", "docs", "distributed", "page")
+extras = {extra: settings[f"{extra}_requirements"].split() for extra in EXTRAS}
 
 setup(
     name=settings["lib_name"],
@@ -48,6 +49,6 @@ setup(
     zip_safe=False,
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": dev, "docs": docs, "distributed": distributed},
+    extras_require=extras,
     entry_points={"console_scripts": settings["console_scripts"].split()},
 )

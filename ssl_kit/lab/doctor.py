@@ -59,8 +59,8 @@ def check_package(requirement: str) -> Finding:
     fits = wanted.specifier.contains(version, prereleases=True)
     return Finding(wanted.name, "ok" if fits else "warn", version, "" if fits else install)
 
-# %% ../../nbs/lab/doctor.ipynb #e1cc9959
-EXTRAS = {"distributed": "rooms and sweeps on many machines (--scheduler)"}
+# %% ../../nbs/lab/doctor.ipynb #86821ea3
+EXTRAS = {"distributed": "rooms and sweeps on many machines (--scheduler)", "gradio": "the live page (ssl-kit page)"}
 
 
 def check_extra(name: str) -> Finding:
