@@ -187,7 +187,7 @@ def risk_coverage_figure(result: StudyResult, methods: Sequence[str] | None = No
     fig.legend(loc="outside right upper", fontsize=8, frameon=False, handlelength=3.2)
     return fig, pd.concat(frames, ignore_index=True)
 
-# %% ../../nbs/routing/figures.ipynb #05ac4e20
+# %% ../../nbs/routing/figures.ipynb #0cc48d43
 @_styled
 def method_comparison_figure(result: StudyResult, threshold: str | None = None, width: str | float = "text"):
     "Failure AUROC and hybrid MAE of every method at one threshold, with intervals and both systems alone."
@@ -218,8 +218,8 @@ def method_comparison_figure(result: StudyResult, threshold: str | None = None, 
              "true oracle": whole["true_oracle", limit]}
     for (label, value), dash in zip(lines.items(), ("--", (0, (1, 1.2)), "-"), strict=True):
         right.axvline(value, color="black", linestyle=dash, linewidth=1, label=label)
-    right.set_xlabel(f"mean error of the hybrid (°), {threshold.replace('rate_', '')} % routed"
-                     if threshold.startswith("rate_") else f"mean error of the hybrid (°), threshold {threshold}")
+    asked = f"{threshold.removeprefix('rate_')} % asked" if threshold.startswith("rate_") else threshold
+    right.set_xlabel(f"hybrid's mean error (°), {asked}")
     right.tick_params(axis="y", length=0)
     right.set_xlim(left=0)
     fig.legend(loc="outside upper right", ncols=3, fontsize=8, frameon=False)
