@@ -14,7 +14,7 @@ from ssl_kit.enhance.checkpoints import load_checkpoint
 from ssl_kit.enhance.diagnostics import MaskWarning
 from ssl_kit.enhance.final_net import FinalConfig
 from ssl_kit.enhance.models import make_network
-from ssl_kit.enhance.train_command import RECIPES, add_enhance_train_arguments, make_task, run_enhance_train
+from ssl_kit.enhance.train_command import RECIPES, add_train_enhance_arguments, make_task, run_train_enhance
 from ssl_kit.enhance.training import EnhanceTask, Validation, train_network
 from ssl_kit.lab.errors import DataError, ParameterError
 from ssl_kit.lab.training import TrainingConfig
@@ -209,7 +209,7 @@ def test_training_and_mixing_on_a_gpu(tmp_path):
 
 def parsed(*arguments):
     parser = argparse.ArgumentParser()
-    add_enhance_train_arguments(parser)
+    add_train_enhance_arguments(parser)
     return parser.parse_args(list(arguments))
 
 
@@ -222,15 +222,15 @@ def test_from_a_name_to_a_checkpoint(tmp_path, capsys, monkeypatch):
              "0.2", "--mixers", "0", "--valid-batches", "1", "--no-metrics", "--json", "--device", "cpu"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MaskWarning)
-        assert run_enhance_train(parsed(*small, "--time-limit", "0")) == 3
+        assert run_train_enhance(parsed(*small, "--time-limit", "0")) == 3
         assert not json.loads(capsys.readouterr().out)["complete"]
-        assert run_enhance_train(parsed(*small)) == 0
+        assert run_train_enhance(parsed(*small)) == 0
         done = json.loads(capsys.readouterr().out)
         assert done["complete"] and [row["step"] for row in done["history"]] == [1, 2]
         network, about = load_checkpoint(done["checkpoint"])
         assert network.config == TINY and about["about"]["steps"] == 2 and "valid_loss" in about["about"]["validation"]
         longer = [*small[:1], str(tmp_path / "longer"), *small[2:], "--start", done["checkpoint"], "--mix", "device"]
-        assert run_enhance_train(parsed(*longer)) == 0
+        assert run_train_enhance(parsed(*longer)) == 0
 
 
 @pytest.mark.parametrize("options, words", [
@@ -240,7 +240,7 @@ def test_from_a_name_to_a_checkpoint(tmp_path, capsys, monkeypatch):
 def test_what_it_refuses(options, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Exception, match=words):
-        run_enhance_train(parsed(*options))
+        run_train_enhance(parsed(*options))
     assert not list(tmp_path.rglob("*.ckpt"))
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from ..lab.errors import ParameterError
 
 # %% auto #0
-__all__ = ['RECIPES', 'EnhanceRecipe', 'make_task', 'make_streams', 'add_enhance_train_arguments', 'chosen_enhance_recipe',
-           'run_enhance_train']
+__all__ = ['RECIPES', 'EnhanceRecipe', 'make_task', 'make_streams', 'add_train_enhance_arguments', 'chosen_enhance_recipe',
+           'run_train_enhance']
 
 # %% ../../nbs/enhance/train_command.ipynb #4f735282
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def make_streams(recipe: EnhanceRecipe, speech: str = "embedded", speeds=(1.0,),
     fixed = MixConfig(n_samples=48000, batch_size=8, snr_db=(-5.0, 10.0), second_noise_share=0.0, filter_share=0.0)
     return {"train": train, "valid": EnhanceMixtures(load_pools("valid", speech, root), fixed, 1)}
 
-# %% ../../nbs/enhance/train_command.ipynb #545e65f3
+# %% ../../nbs/enhance/train_command.ipynb #64ca49de
 _EXAMPLE = """examples:
   ssl-kit train-enhance final-small my_model --speech librispeech --speeds 0.9,1,1.1
   ssl-kit train-enhance final-small my_stream --causal --steps 4000
@@ -79,7 +79,7 @@ _NUMBERS = {"steps": int, "epoch_steps": int, "batch_size": int, "clip_s": float
             "warmup_steps": int, "seed": int}
 
 
-def add_enhance_train_arguments(parser: argparse.ArgumentParser) -> None:
+def add_train_enhance_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of the command that trains enhancement networks."
     parser.description = "Mix, train an enhancement network, write a checkpoint; interrupted, the same command goes on."
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _EXAMPLE
@@ -129,7 +129,7 @@ def _speeds(text: str) -> tuple[float, ...]:
         raise ParameterError(f"--speeds: expected numbers like 0.9,1,1.1, found {text!r}") from error
 
 
-def run_enhance_train(args: argparse.Namespace) -> int:
+def run_train_enhance(args: argparse.Namespace) -> int:
     "Train; exit code 0 when the training is complete, 3 when the time limit came first. Raises the kit's errors."
     import torch
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import ssl_kit
 from .errors import ParameterError, SslKitError
 
-# %% ../../nbs/lab/cli.ipynb #3fcc7f16
+# %% ../../nbs/lab/cli.ipynb #8a229b55
 COMMANDS = {
     "list": ("ssl_kit.lab.run_commands", "stages, their parameters, and runs"),
     "run": ("ssl_kit.lab.run_commands", "run a stage and what it needs"),
@@ -34,7 +34,7 @@ COMMANDS = {
     "localize": ("ssl_kit.localize.command", "say where the sound in a recording comes from"),
     "route": ("ssl_kit.routing.route_command", "say which of your predictions to trust, from their scores"),
     "page": ("ssl_kit.apps.route_page", "a page: a recording in, both answers and whom to trust out"),
-    "enhance-train": ("ssl_kit.enhance.train_command", "train a speech enhancer, from speech and noise to a model"),
+    "train-enhance": ("ssl_kit.enhance.train_command", "train a speech enhancer, from speech and noise to a model"),
     "doctor": ("ssl_kit.lab.doctor", "say whether this machine is ready, and what is missing"),
 }
 _EPILOG = "example: ssl-kit run routing_study -p corpus=librispeech   (ssl-kit COMMAND --help shows more)"
