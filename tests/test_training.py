@@ -1,0 +1,125 @@
+"""The training loop: plateau and stopping survive a kill, and what an older training lacked has its default."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssl_kit.lab.errors import ParameterError
+from ssl_kit.lab.training import TrainingConfig, epochs_without_best, plateau_factor, train_network
+
+
+@dataclass(frozen=True)
+class LineConfig:
+    slope: float = 3.0
+
+
+class Line(torch.nn.Linear):
+    kind = "line"
+
+    def __init__(self, config):
+        super().__init__(1, 1)
+        self.config = config
+
+
+class LineTask:
+    config = LineConfig()
+
+    def network(self):
+        return Line(self.config)
+
+    def prepare(self, batch):
+        return batch, self.config.slope * batch
+
+    def loss(self, network, prepared, training):
+        x, y = prepared
+        return (torch.nn.functional.dropout(network(x), 0.1) - y).square().mean()
+
+
+class Points:
+    def draw(self, step):
+        return torch.from_numpy(np.random.default_rng([7, step]).standard_normal((16, 1), np.float32))
+
+    def identity(self):
+        return {"points": "normal"}
+
+
+def plan(**changes):
+    usual = dict(steps=40, epoch_steps=5, warmup_steps=5, learning_rate=0.3, precision="32-true", average_decay=0.5,
+                 schedule="plateau", watch="valid", plateau_epochs=1)
+    return TrainingConfig(**usual | changes)
+
+
+def zigzag(network):
+    """A figure of the weights, so that it is the same however the training was cut."""
+    return {"valid": float(torch.round(network.weight * 7).abs() % 3)}
+
+
+def train(folder, config=None, **options):
+    return train_network(folder, LineTask(), config or plan(), Points(), zigzag, device="cpu",
+                         report=lambda line: None, **options)
+
+
+@pytest.mark.parametrize("changes", [{}, {"stop_epochs": 3}])
+def test_a_cut_training_ends_as_a_whole_one(tmp_path, changes):
+    whole, history = train(tmp_path / "whole", plan(**changes))
+    for _ in range(len(history) + 1):  # an epoch at a time
+        cut, pieces = train(tmp_path / "cut", plan(**changes), time_limit_s=0)
+    assert [row["step"] for row in pieces] == [row["step"] for row in history]
+    np.testing.assert_allclose([row["loss"] for row in pieces], [row["loss"] for row in history], rtol=1e-6)
+    assert torch.equal(cut.weight, whole.weight)
+
+
+def test_stopping_returns_the_best_and_does_not_go_on(tmp_path):
+    seen = []
+
+    def valid(network):
+        seen.append(float(network.weight))
+        return {"valid": [2.0, 1.0, 1.5, 1.2, 1.1, 0.1][len(seen) - 1]}
+
+    config = plan(stop_epochs=2)
+    network, history = train_network(tmp_path, LineTask(), config, Points(), valid, device="cpu",
+                                     report=lambda line: None)
+    assert len(history) == 4 and float(network.weight) == seen[1] != seen[-1]
+    again, history = train_network(tmp_path, LineTask(), config, Points(), valid, device="cpu",
+                                   report=lambda line: None)
+    assert len(history) == 4 == len(seen) and torch.equal(again.weight, network.weight)
+
+
+def test_a_training_from_before_an_option_goes_on_with_its_default(tmp_path):
+    config = TrainingConfig(steps=10, epoch_steps=5, precision="32-true")
+    train(tmp_path, config, time_limit_s=0)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for name in ("schedule", "watch", "plateau_epochs", "stop_epochs", "devices"):
+        del saved["configs"]["training"][name]
+    del saved["best"]
+    torch.save(saved, tmp_path / "last.ckpt")
+    assert [row["step"] for row in train(tmp_path, config)[1]] == [5, 10]
+    saved["configs"]["training"]["clip_norm"] = 0.5
+    torch.save(saved, tmp_path / "last.ckpt")
+    with pytest.raises(ParameterError, match="clip_norm"):
+        train(tmp_path, config)
+
+
+def test_wrong_options_are_named(tmp_path):
+    with pytest.raises(ParameterError, match="schedule.*'cosine'"):
+        plan(schedule="cosine")
+    with pytest.raises(ParameterError, match="stop_epochs"):
+        plan(stop_epochs=-1)
+    with pytest.raises(ParameterError, match="watch.*loss.*'pesq'"):
+        train(tmp_path, plan(watch="pesq"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-10, 10) | st.just(float("nan")), min_size=1, max_size=12), st.integers(1, 4))
+def test_epochs_without_best(values, patience):
+    counts = epochs_without_best(values)
+    best = np.inf
+    for value, count in zip(values, counts, strict=True):
+        assert (count == 0) == (value < best)
+        best = value if value < best else best
+    factors = [plateau_factor(values[:k], patience) for k in range(len(values) + 1)]
+    assert factors[0] == 1 and all(b in (a, a / 2) for a, b in zip(factors, factors[1:], strict=False))
