@@ -386,3 +386,14 @@ def test_a_stack_learns_the_failures_of_the_study_not_its_own_default():
     result = evaluate_study(calibration, calibration_fallback, test, test_fallback, ["stack"], failure_deg=12.0,
                             n_draws=20)
     assert result.methods["stack"].detector.failure_deg == 12.0
+
+
+def test_draws_in_pieces_are_the_same_draws(monkeypatch):
+    from pandas.testing import assert_frame_equal
+
+    from ssl_kit.routing import evaluation
+
+    banks = synthetic_study(n=60, n_frames=2, n_rooms=12)
+    whole = evaluate_study(*banks, ["max_prob", "entropy"], n_draws=50).detection
+    monkeypatch.setattr(evaluation, "_DRAWN_AT_ONCE", 60 * 7)  # seven draws at a time
+    assert_frame_equal(evaluate_study(*banks, ["max_prob", "entropy"], n_draws=50).detection, whole)

@@ -268,13 +268,21 @@ def _same_rate(systems: list[System], test: ErrorTable, network_mae: float) -> d
         rows["captured_same_rate"].append(captured_gain(system.errors.mean(), network_mae, oracle))
     return rows
 
-# %% ../../nbs/routing/evaluation.ipynb #66191c59
+# %% ../../nbs/routing/evaluation.ipynb #67de1ec2
+_DRAWN_AT_ONCE = 4_000_000  # recordings times draws
+
+
 def detection_table(scores: dict[str, MethodScores], test: ErrorTable, failure_deg: float, row_weights: np.ndarray,
                     reference: str = "max_prob") -> "pd.DataFrame":
     "Detection metrics of each method with bounds, and their paired differences from `reference` (delta_…)."
     import pandas as pd
 
-    draws = {name: detection_metrics(m.test, test.abs_errors, failure_deg, row_weights) for name, m in scores.items()}
+    piece = max(1, _DRAWN_AT_ONCE // len(test))  # weighted sums of all draws of a long table would not fit
+    pieces = [row_weights[start:start + piece] for start in range(0, len(row_weights), piece)]
+    draws = {}
+    for name, m in scores.items():
+        parts = [detection_metrics(m.test, test.abs_errors, failure_deg, weights) for weights in pieces]
+        draws[name] = {metric: np.concatenate([part[metric] for part in parts]) for metric in parts[0]}
     points = {name: detection_metrics(m.test, test.abs_errors, failure_deg) for name, m in scores.items()}
     table = {"method": list(scores), "formula": [m.detector.formula for m in scores.values()]}
     for metric in next(iter(points.values())):
