@@ -7,7 +7,7 @@ __all__ = ['MEASURES', 'ShiftLimits', 'Stratum', 'shifted_factors', 'shift_strat
            'score_network', 'configured', 'NetworkComparison', 'compare_networks', 'DetectorQuality',
            'detector_quality']
 
-# %% ../../nbs/routing/generalization.ipynb #7a0681a3
+# %% ../../nbs/routing/generalization.ipynb #e450252b
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from inspect import signature
@@ -18,6 +18,7 @@ import numpy as np
 from ..lab.errors import DataError, ParameterError
 from ..lab.statistics import cluster_index, cluster_weights, percentile_interval, weighted_ratio
 from .bank import ErrorTable, FallbackTable, attach_fallback
+from .fitting import one_thread
 from .metrics import auroc
 from .policies import switch, system_errors
 from ssl_kit.routing.registry import (
@@ -165,7 +166,7 @@ class NetworkScores:
         "Test recordings (n,) that the detector routes with the threshold of its own home calibration."
         return switch(self.test_scores[detector], rule.fit(self.outcomes(detector, failure_deg)))
 
-# %% ../../nbs/routing/generalization.ipynb #dc4c54b8
+# %% ../../nbs/routing/generalization.ipynb #d606a5da
 def score_network(network: str, calibration: Mapping[str, tuple[ErrorTable, FallbackTable]],
                   test: Mapping[str, tuple[ErrorTable, FallbackTable]], home: str,
                   detectors: Iterable[str | Detector] | None = None, failure_deg: float = 10.0,
@@ -187,7 +188,8 @@ def score_network(network: str, calibration: Mapping[str, tuple[ErrorTable, Fall
     scores, left_out = {}, {}
     for made in (configured(name, failure_deg) for name in detectors):
         try:
-            scores[made.name] = _scores(made, heard, tested, home, seed)
+            with one_thread():
+                scores[made.name] = _scores(made, heard, tested, home, seed)
         except DataError as error:
             left_out[made.name] = str(error)
     return NetworkScores(network, home, _joined(heard.values()), _names_of(heard), _joined(tested.values()),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAPPINGS', 'calibration_quantiles', 'threshold_transfer', 'shift_masks', 'leave_one_shift_out']
 
-# %% ../../nbs/routing/generalization_transfer.ipynb #99ee342c
+# %% ../../nbs/routing/generalization_transfer.ipynb #9d20020e
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from ssl_kit.routing.generalization import (
     configured,
     shifted_factors,
 )
+from .fitting import one_thread
 from .metrics import auroc
 from .policies import switch, system_errors
 from .registry import Detector, held_out_scores
@@ -179,7 +180,7 @@ def leave_one_shift_out(calibration: ErrorTable, calibration_shifts: Mapping[str
             rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/routing/generalization_transfer.ipynb #9c79d4b9
+# %% ../../nbs/routing/generalization_transfer.ipynb #d8bdf963
 def _why_not(out: np.ndarray, failures: np.ndarray, rooms: np.ndarray, limits: ShiftLimits) -> str:
     "Why a shift can't be left out and tested, '' when it can."
     if not out.any() or out.all():
@@ -193,10 +194,12 @@ def _why_not(out: np.ndarray, failures: np.ndarray, rooms: np.ndarray, limits: S
 def _routed(detector: Detector, calibration: ErrorTable, test: ErrorTable, rule, limits: ShiftLimits,
             seed: int) -> tuple[np.ndarray, np.ndarray]:
     "Test scores and decisions of a detector and a rule fitted on one calibration table."
-    scores = held_out_scores(lambda: detector, calibration, seed=seed)
+    with one_thread():
+        scores = held_out_scores(lambda: detector, calibration, seed=seed)
     value = rule.fit(CalibrationOutcomes(scores, calibration.abs_errors, calibration.column("fallback_error"),
                                          calibration.group_ids, limits.failure_deg))
-    scores = detector.fit(calibration).score(test)
+    with one_thread():
+        scores = detector.fit(calibration).score(test)
     return scores, switch(scores, value)
 
 
