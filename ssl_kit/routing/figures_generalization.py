@@ -7,21 +7,20 @@ __all__ = ['NETWORK_LABELS', 'STRATUM_LABELS', 'network_label', 'stratum_label',
            'rank_shifts_figure', 'transfer_figure', 'agreement_figure', 'f1_scatter_figure', 'headroom_figure',
            'left_out_figure']
 
-# %% ../../nbs/routing/figures_generalization.ipynb #f948db2c
+# %% ../../nbs/routing/figures_generalization.ipynb #68de0053
 from collections.abc import Mapping, Sequence
-from functools import wraps
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..lab.errors import DataError, ParameterError
-from .figures import label_of
+from .figures import _styled, label_of
 from .generalization import DetectorQuality
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/routing/figures_generalization.ipynb #a397b79c
+# %% ../../nbs/routing/figures_generalization.ipynb #7ce2de22
 NETWORK_LABELS = {"crnn": "CRNN", "ipdnet": "IPDnet", "geonet": "geometry-aware"}
 STRATUM_LABELS = {"all": "all", "in_distribution": "in distribution", "low_snr": "low SNR",
                   "reverberant": "long T60", "point_noise": "point noise", "other_noise": "other noise"}
@@ -35,17 +34,6 @@ def network_label(network: str) -> str:
 def stratum_label(stratum: str) -> str:
     "A stratum's name as a figure shows it."
     return STRATUM_LABELS.get(stratum, stratum.removeprefix("array_").replace("_", " "))
-
-
-def _styled(draw):
-    "Draw in the kit's style from the first line to the last."
-    @wraps(draw)
-    def styled(*args, **kwargs):
-        from ssl_kit.lab.figures import figure_style
-
-        with figure_style():
-            return draw(*args, **kwargs)
-    return styled
 
 
 def _some(table: "pd.DataFrame", what: str) -> "pd.DataFrame":
