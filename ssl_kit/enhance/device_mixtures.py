@@ -120,7 +120,8 @@ class DeviceMixtures:
         "The batch of a step, on the device."
         cfg, rng = self.config, np.random.default_rng([self.seed, step])
         clean, noise = self._filtered(rng, torch.stack([self._speech(rng), self._noise(rng)]))
-        snr_db, level_db = (self._tensor(rng.uniform(*bounds, cfg.batch_size)) for bounds in (cfg.snr_db, cfg.level_db))
+        snr_db = self._tensor(cfg.snr_of(rng.random(cfg.batch_size)))
+        level_db = self._tensor(rng.uniform(*cfg.level_db, cfg.batch_size))
         noisy = clean + noise_gains(clean, noise, snr_db)[:, None] * noise
         level = 10 ** (level_db / 20) / noisy.square().mean(-1).sqrt().clamp_min(1e-9)
         peak = torch.maximum(noisy.abs().amax(-1), clean.abs().amax(-1)).clamp_min(1e-9)

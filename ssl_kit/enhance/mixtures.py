@@ -144,15 +144,23 @@ class MixConfig:
     filter_share: float = 0.5                     # of the clips, with a random filter on speech and one on noise
     tilt_db: float = 6.0                          # filter: up to this much from the lowest to the highest octave
     ripple_db: float = 2.0                        # filter: standard deviation of each octave about the tilt
+    snr_skew: float = 1.0                         # above 1 low ratios come more often: the power of a uniform draw
 
     def __post_init__(self):
         for name in ("snr_db", "level_db"):
             low, high = getattr(self, name)
             if not low <= high:
                 raise ParameterError(f"{name}: expected (lowest, highest), found {(low, high)}")
+        if self.snr_skew <= 0:
+            raise ParameterError(f"snr_skew: expected more than 0, found {self.snr_skew}")
         if self.n_samples < 1 or self.batch_size < 1:
             raise ParameterError(f"n_samples, batch_size: expected at least 1, found {self.n_samples}, "
                                  f"{self.batch_size}")
+
+    def snr_of(self, drawn):
+        "Signal-to-noise ratio in dB for uniform draws between 0 and 1."
+        low, high = self.snr_db
+        return low + (high - low) * drawn ** self.snr_skew
 
 
 def noise_gain(speech, noise, snr_db: float) -> float:
@@ -245,7 +253,7 @@ class EnhanceMixtures:
         both = np.stack([speech_crop(rng, self.pools.speech, cfg.n_samples), self._noise(rng)])
         if rng.random() < cfg.filter_share:
             both = self._filtered(rng, both)
-        snr_db = rng.uniform(*cfg.snr_db)
+        snr_db = cfg.snr_of(rng.random())
         noisy = both[0] + np.float32(noise_gain(both[0], both[1], snr_db)) * both[1]
         level = 10 ** (rng.uniform(*cfg.level_db) / 20) / np.sqrt(np.mean(noisy ** 2))
         peak = max(np.abs(noisy).max(), np.abs(both[0]).max())

@@ -27,6 +27,7 @@ class EnhanceRecipe:
     epoch_steps: int = 500
     batch_size: int = 8
     clip_s: float = 3.0
+    snr_skew: float = 1.0           # see `MixConfig`
     learning_rate: float = 1e-3
     warmup_steps: int = 500
     schedule: str = "trapezoid"
@@ -40,6 +41,7 @@ RECIPES = {
     "stft": EnhanceRecipe("stft", learning_rate=3e-4, schedule="plateau", stop_epochs=10),
     "dpt": EnhanceRecipe("dpt", learning_rate=5e-4, warmup_steps=1500, schedule="plateau", stop_epochs=10),
     "final-small": EnhanceRecipe("final", "small", learning_rate=2e-3),
+    "final-medium": EnhanceRecipe("final", "medium", clip_s=2.0, snr_skew=1.5, learning_rate=2e-3),
     "final-large": EnhanceRecipe("final", "large", steps=60000, batch_size=16),
 }
 
@@ -60,7 +62,7 @@ def make_streams(recipe: EnhanceRecipe, speech: str = "embedded", speeds=(1.0,),
     validation is the same clips everywhere: of CPU mixtures, at one speed, at -5 to 10 dB."""
     from ssl_kit.enhance.mixtures import EnhanceMixtures, MixConfig, load_pools
 
-    config = MixConfig(n_samples=round(recipe.clip_s * 16000), batch_size=recipe.batch_size)
+    config = MixConfig(round(recipe.clip_s * 16000), recipe.batch_size, snr_skew=recipe.snr_skew)
     pools = load_pools("train", speech, root, speeds)
     if device == "cpu":
         train = EnhanceMixtures(pools, config, recipe.seed)
@@ -76,7 +78,7 @@ _EXAMPLE = """examples:
   ssl-kit train-enhance final-small my_stream --causal --steps 4000
   ssl-kit train-enhance final-large my_model --speech librispeech --device cuda --mix device --batch-size 64"""
 _NUMBERS = {"steps": int, "epoch_steps": int, "batch_size": int, "clip_s": float, "learning_rate": float,
-            "warmup_steps": int, "seed": int}
+            "warmup_steps": int, "snr_skew": float, "seed": int}
 
 
 def add_train_enhance_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +109,7 @@ def chosen_enhance_recipe(args: argparse.Namespace) -> EnhanceRecipe:
     "The recipe with what the arguments change; ParameterError where they make no sense."
     recipe = RECIPES[args.recipe]
     changed = {name: getattr(args, name) for name in _NUMBERS if getattr(args, name) is not None}
-    for name in ("steps", "epoch_steps", "batch_size", "clip_s", "learning_rate"):
+    for name in ("steps", "epoch_steps", "batch_size", "clip_s", "snr_skew", "learning_rate"):
         if changed.get(name, 1) <= 0:
             raise ParameterError(f"--{name.replace('_', '-')}: expected more than 0, found {changed[name]}")
     if args.causal and recipe.kind != "final":
