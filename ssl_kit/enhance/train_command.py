@@ -28,6 +28,7 @@ class EnhanceRecipe:
     batch_size: int = 8
     clip_s: float = 3.0
     snr_skew: float = 1.0           # see `MixConfig`
+    dropout: float | None = None    # of the transformers; None: that of their configuration
     learning_rate: float = 1e-3
     warmup_steps: int = 500
     schedule: str = "trapezoid"
@@ -48,10 +49,12 @@ RECIPES = {
 
 def make_task(recipe: EnhanceRecipe):
     "The task that `train_network` works on."
+    from ssl_kit.enhance.models import network_class
     from ssl_kit.enhance.training import EnhanceTask
 
     if recipe.kind != "final":
-        return EnhanceTask(recipe.kind)
+        return EnhanceTask(recipe.kind, network_class(recipe.kind).config_class(
+            **({} if recipe.dropout is None else {"dropout": recipe.dropout})))
     from ssl_kit.enhance.final_net import final_config
     return EnhanceTask("final", final_config(recipe.scale, recipe.causal))
 
@@ -78,7 +81,7 @@ _EXAMPLE = """examples:
   ssl-kit train-enhance final-small my_stream --causal --steps 4000
   ssl-kit train-enhance final-large my_model --speech librispeech --device cuda --mix device --batch-size 64"""
 _NUMBERS = {"steps": int, "epoch_steps": int, "batch_size": int, "clip_s": float, "learning_rate": float,
-            "warmup_steps": int, "snr_skew": float, "seed": int}
+            "warmup_steps": int, "snr_skew": float, "dropout": float, "seed": int}
 
 
 def add_train_enhance_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +95,8 @@ def add_train_enhance_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speeds", default="1", metavar="X,...", help="speech and noise also at these speeds (1)")
     parser.add_argument("--causal", action="store_true", help="a final network that can stream")
     for name, kind in _NUMBERS.items():
-        usual = ", ".join(f"{key} {getattr(recipe, name):g}" for key, recipe in sorted(RECIPES.items()))
+        usual = ", ".join(f"{key} {getattr(recipe, name):g}" for key, recipe in sorted(RECIPES.items())
+                          if getattr(recipe, name) is not None) or "the network's"
         parser.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N", help=f"as chosen: {usual}")
     parser.add_argument("--valid-batches", type=int, default=3, metavar="N", help="validation clips, times 8 (3)")
     parser.add_argument("--no-metrics", action="store_true", help="validate by the loss alone, without PESQ and STOI")
@@ -114,6 +118,8 @@ def chosen_enhance_recipe(args: argparse.Namespace) -> EnhanceRecipe:
             raise ParameterError(f"--{name.replace('_', '-')}: expected more than 0, found {changed[name]}")
     if args.causal and recipe.kind != "final":
         raise ParameterError(f"--causal: only the final network has such a form, found {args.recipe}")
+    if recipe.kind in ("crn", "final") and args.dropout is not None:
+        raise ParameterError(f"--dropout: only mel, stft and dpt have it, found {args.recipe}")
     if args.mixers < 0 or args.valid_batches < 1:
         raise ParameterError(f"expected --mixers >= 0 and --valid-batches >= 1, found {args.mixers} and "
                              f"{args.valid_batches}")
@@ -156,7 +162,9 @@ def run_train_enhance(args: argparse.Namespace) -> int:
     last, since = history[-1], epochs_without_best([row["valid_loss"] for row in history])[-1]
     shown = history[-1 - since] if recipe.stop_epochs else last      # whose weights these are
     about = {"recipe": args.recipe, "speech": args.speech, "speeds": list(speeds), "steps": shown["step"],
-             "of": recipe.steps, "seed": recipe.seed, "parameters": n_parameters(network),
+             "of": recipe.steps, "batch_size": recipe.batch_size, "clip_s": recipe.clip_s,
+             "learning_rate": recipe.learning_rate, "snr_skew": recipe.snr_skew, "seed": recipe.seed,
+             "parameters": n_parameters(network),
              "seconds": sum(row["seconds"] for row in history), "device": device,
              "validation": {name: value for name, value in shown.items() if name.startswith(("valid_", "mask_"))}}
     save_checkpoint(folder / "checkpoint", network, about)
