@@ -13,8 +13,8 @@ from pathlib import Path
 from ..lab.errors import ParameterError
 
 # %% auto #0
-__all__ = ['RECIPES', 'EnhanceRecipe', 'make_task', 'make_streams', 'add_train_enhance_arguments', 'chosen_enhance_recipe',
-           'run_train_enhance']
+__all__ = ['RECIPES', 'EnhanceRecipe', 'make_task', 'make_streams', 'valid_window', 'add_train_enhance_arguments',
+           'chosen_enhance_recipe', 'run_train_enhance']
 
 # %% ../../nbs/enhance/train_command.ipynb #4f735282
 @dataclass(frozen=True)
@@ -74,6 +74,12 @@ def make_streams(recipe: EnhanceRecipe, speech: str = "embedded", speeds=(1.0,),
         train = DeviceMixtures(pools, config, recipe.seed, device)
     fixed = MixConfig(n_samples=48000, batch_size=8, snr_db=(-5.0, 10.0), second_noise_share=0.0, filter_share=0.0)
     return {"train": train, "valid": EnhanceMixtures(load_pools("valid", speech, root), fixed, 1)}
+
+
+def valid_window(recipe: EnhanceRecipe) -> int | None:
+    "Samples that validation runs at once: transformers know no positions beyond their clips'."
+    window = round(recipe.clip_s * 16000)
+    return window if recipe.kind in ("mel", "stft", "dpt") and window < 48000 and 48000 % window == 0 else None
 
 # %% ../../nbs/enhance/train_command.ipynb #64ca49de
 _EXAMPLE = """examples:
@@ -157,7 +163,7 @@ def run_train_enhance(args: argparse.Namespace) -> int:
                             workers=0 if mix_on != "cpu" else args.mixers)
     network, history = train_network(folder / "training", task, config, streams["train"], streams["valid"],
                                      args.valid_batches, () if args.no_metrics else VALID_METRICS,
-                                     time_limit_s=args.time_limit, device=device, start=start,
+                                     valid_window(recipe), time_limit_s=args.time_limit, device=device, start=start,
                                      report=(lambda line: None) if args.json else print)
     last, since = history[-1], epochs_without_best([row["valid_loss"] for row in history])[-1]
     shown = history[-1 - since] if recipe.stop_epochs else last      # whose weights these are
