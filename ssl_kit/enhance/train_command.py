@@ -29,6 +29,8 @@ class EnhanceRecipe:
     clip_s: float = 3.0
     snr_skew: float = 1.0           # see `MixConfig`
     dropout: float | None = None    # of the transformers; None: that of their configuration
+    si_snr_weight: float = 0.02     # see `LossConfig`
+    perceptual_weight: float = 0.0
     learning_rate: float = 1e-3
     warmup_steps: int = 500
     schedule: str = "trapezoid"
@@ -42,21 +44,24 @@ RECIPES = {
     "stft": EnhanceRecipe("stft", learning_rate=3e-4, schedule="plateau", stop_epochs=10),
     "dpt": EnhanceRecipe("dpt", learning_rate=5e-4, warmup_steps=1500, schedule="plateau", stop_epochs=10),
     "final-small": EnhanceRecipe("final", "small", learning_rate=2e-3),
-    "final-medium": EnhanceRecipe("final", "medium", clip_s=2.0, snr_skew=1.5, learning_rate=2e-3),
+    "final-medium": EnhanceRecipe("final", "medium", clip_s=2.0, snr_skew=1.5, si_snr_weight=0.05,
+                                  perceptual_weight=0.25, learning_rate=2e-3),
     "final-large": EnhanceRecipe("final", "large", steps=60000, batch_size=16),
 }
 
 
 def make_task(recipe: EnhanceRecipe):
     "The task that `train_network` works on."
+    from ssl_kit.enhance.losses import LossConfig
     from ssl_kit.enhance.models import network_class
     from ssl_kit.enhance.training import EnhanceTask
 
+    loss = LossConfig(si_snr_weight=recipe.si_snr_weight, perceptual_weight=recipe.perceptual_weight)
     if recipe.kind != "final":
         return EnhanceTask(recipe.kind, network_class(recipe.kind).config_class(
-            **({} if recipe.dropout is None else {"dropout": recipe.dropout})))
+            **({} if recipe.dropout is None else {"dropout": recipe.dropout})), loss)
     from ssl_kit.enhance.final_net import final_config
-    return EnhanceTask("final", final_config(recipe.scale, recipe.causal))
+    return EnhanceTask("final", final_config(recipe.scale, recipe.causal), loss)
 
 
 def make_streams(recipe: EnhanceRecipe, speech: str = "embedded", speeds=(1.0,), device: str = "cpu",
@@ -87,7 +92,8 @@ _EXAMPLE = """examples:
   ssl-kit train-enhance final-small my_stream --causal --steps 4000
   ssl-kit train-enhance final-large my_model --speech librispeech --device cuda --mix device --batch-size 64"""
 _NUMBERS = {"steps": int, "epoch_steps": int, "batch_size": int, "clip_s": float, "learning_rate": float,
-            "warmup_steps": int, "snr_skew": float, "dropout": float, "seed": int}
+            "warmup_steps": int, "snr_skew": float, "dropout": float,
+            "si_snr_weight": float, "perceptual_weight": float, "seed": int}
 
 
 def add_train_enhance_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,7 +175,8 @@ def run_train_enhance(args: argparse.Namespace) -> int:
     shown = history[-1 - since] if recipe.stop_epochs else last      # whose weights these are
     about = {"recipe": args.recipe, "speech": args.speech, "speeds": list(speeds), "steps": shown["step"],
              "of": recipe.steps, "batch_size": recipe.batch_size, "clip_s": recipe.clip_s,
-             "learning_rate": recipe.learning_rate, "snr_skew": recipe.snr_skew, "seed": recipe.seed,
+             "learning_rate": recipe.learning_rate, "snr_skew": recipe.snr_skew,
+             "si_snr_weight": recipe.si_snr_weight, "perceptual_weight": recipe.perceptual_weight, "seed": recipe.seed,
              "parameters": n_parameters(network),
              "seconds": sum(row["seconds"] for row in history), "device": device,
              "validation": {name: value for name, value in shown.items() if name.startswith(("valid_", "mask_"))}}
