@@ -13,8 +13,8 @@ from pathlib import Path
 from ..lab.errors import ParameterError
 
 # %% auto #0
-__all__ = ['RECIPES', 'EnhanceRecipe', 'make_task', 'make_streams', 'add_train_enhance_arguments', 'chosen_enhance_recipe',
-           'run_train_enhance']
+__all__ = ['RECIPES', 'EnhanceRecipe', 'make_task', 'make_streams', 'valid_window', 'add_train_enhance_arguments',
+           'chosen_enhance_recipe', 'run_train_enhance']
 
 # %% ../../nbs/enhance/train_command.ipynb #4f735282
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class EnhanceRecipe:
     batch_size: int = 8
     clip_s: float = 3.0
     snr_skew: float = 1.0           # see `MixConfig`
+    dropout: float | None = None    # of the transformers; None: that of their configuration
+    si_snr_weight: float = 0.02     # see `LossConfig`
+    perceptual_weight: float = 0.0
     learning_rate: float = 1e-3
     warmup_steps: int = 500
     schedule: str = "trapezoid"
@@ -41,19 +44,24 @@ RECIPES = {
     "stft": EnhanceRecipe("stft", learning_rate=3e-4, schedule="plateau", stop_epochs=10),
     "dpt": EnhanceRecipe("dpt", learning_rate=5e-4, warmup_steps=1500, schedule="plateau", stop_epochs=10),
     "final-small": EnhanceRecipe("final", "small", learning_rate=2e-3),
-    "final-medium": EnhanceRecipe("final", "medium", clip_s=2.0, snr_skew=1.5, learning_rate=2e-3),
+    "final-medium": EnhanceRecipe("final", "medium", clip_s=2.0, snr_skew=1.5, si_snr_weight=0.05,
+                                  perceptual_weight=0.25, learning_rate=2e-3),
     "final-large": EnhanceRecipe("final", "large", steps=60000, batch_size=16),
 }
 
 
 def make_task(recipe: EnhanceRecipe):
     "The task that `train_network` works on."
+    from ssl_kit.enhance.losses import LossConfig
+    from ssl_kit.enhance.models import network_class
     from ssl_kit.enhance.training import EnhanceTask
 
+    loss = LossConfig(si_snr_weight=recipe.si_snr_weight, perceptual_weight=recipe.perceptual_weight)
     if recipe.kind != "final":
-        return EnhanceTask(recipe.kind)
+        return EnhanceTask(recipe.kind, network_class(recipe.kind).config_class(
+            **({} if recipe.dropout is None else {"dropout": recipe.dropout})), loss)
     from ssl_kit.enhance.final_net import final_config
-    return EnhanceTask("final", final_config(recipe.scale, recipe.causal))
+    return EnhanceTask("final", final_config(recipe.scale, recipe.causal), loss)
 
 
 def make_streams(recipe: EnhanceRecipe, speech: str = "embedded", speeds=(1.0,), device: str = "cpu",
@@ -72,13 +80,20 @@ def make_streams(recipe: EnhanceRecipe, speech: str = "embedded", speeds=(1.0,),
     fixed = MixConfig(n_samples=48000, batch_size=8, snr_db=(-5.0, 10.0), second_noise_share=0.0, filter_share=0.0)
     return {"train": train, "valid": EnhanceMixtures(load_pools("valid", speech, root), fixed, 1)}
 
+
+def valid_window(recipe: EnhanceRecipe) -> int | None:
+    "Samples that validation runs at once: transformers know no positions beyond their clips'."
+    window = round(recipe.clip_s * 16000)
+    return window if recipe.kind in ("mel", "stft", "dpt") and window < 48000 and 48000 % window == 0 else None
+
 # %% ../../nbs/enhance/train_command.ipynb #64ca49de
 _EXAMPLE = """examples:
   ssl-kit train-enhance final-small my_model --speech librispeech --speeds 0.9,1,1.1
   ssl-kit train-enhance final-small my_stream --causal --steps 4000
   ssl-kit train-enhance final-large my_model --speech librispeech --device cuda --mix device --batch-size 64"""
 _NUMBERS = {"steps": int, "epoch_steps": int, "batch_size": int, "clip_s": float, "learning_rate": float,
-            "warmup_steps": int, "snr_skew": float, "seed": int}
+            "warmup_steps": int, "snr_skew": float, "dropout": float,
+            "si_snr_weight": float, "perceptual_weight": float, "seed": int}
 
 
 def add_train_enhance_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +107,8 @@ def add_train_enhance_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speeds", default="1", metavar="X,...", help="speech and noise also at these speeds (1)")
     parser.add_argument("--causal", action="store_true", help="a final network that can stream")
     for name, kind in _NUMBERS.items():
-        usual = ", ".join(f"{key} {getattr(recipe, name):g}" for key, recipe in sorted(RECIPES.items()))
+        usual = ", ".join(f"{key} {getattr(recipe, name):g}" for key, recipe in sorted(RECIPES.items())
+                          if getattr(recipe, name) is not None) or "the network's"
         parser.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N", help=f"as chosen: {usual}")
     parser.add_argument("--valid-batches", type=int, default=3, metavar="N", help="validation clips, times 8 (3)")
     parser.add_argument("--no-metrics", action="store_true", help="validate by the loss alone, without PESQ and STOI")
@@ -114,6 +130,8 @@ def chosen_enhance_recipe(args: argparse.Namespace) -> EnhanceRecipe:
             raise ParameterError(f"--{name.replace('_', '-')}: expected more than 0, found {changed[name]}")
     if args.causal and recipe.kind != "final":
         raise ParameterError(f"--causal: only the final network has such a form, found {args.recipe}")
+    if recipe.kind in ("crn", "final") and args.dropout is not None:
+        raise ParameterError(f"--dropout: only mel, stft and dpt have it, found {args.recipe}")
     if args.mixers < 0 or args.valid_batches < 1:
         raise ParameterError(f"expected --mixers >= 0 and --valid-batches >= 1, found {args.mixers} and "
                              f"{args.valid_batches}")
@@ -151,12 +169,15 @@ def run_train_enhance(args: argparse.Namespace) -> int:
                             workers=0 if mix_on != "cpu" else args.mixers)
     network, history = train_network(folder / "training", task, config, streams["train"], streams["valid"],
                                      args.valid_batches, () if args.no_metrics else VALID_METRICS,
-                                     time_limit_s=args.time_limit, device=device, start=start,
+                                     valid_window(recipe), time_limit_s=args.time_limit, device=device, start=start,
                                      report=(lambda line: None) if args.json else print)
     last, since = history[-1], epochs_without_best([row["valid_loss"] for row in history])[-1]
     shown = history[-1 - since] if recipe.stop_epochs else last      # whose weights these are
     about = {"recipe": args.recipe, "speech": args.speech, "speeds": list(speeds), "steps": shown["step"],
-             "of": recipe.steps, "seed": recipe.seed, "parameters": n_parameters(network),
+             "of": recipe.steps, "batch_size": recipe.batch_size, "clip_s": recipe.clip_s,
+             "learning_rate": recipe.learning_rate, "snr_skew": recipe.snr_skew,
+             "si_snr_weight": recipe.si_snr_weight, "perceptual_weight": recipe.perceptual_weight, "seed": recipe.seed,
+             "parameters": n_parameters(network),
              "seconds": sum(row["seconds"] for row in history), "device": device,
              "validation": {name: value for name, value in shown.items() if name.startswith(("valid_", "mask_"))}}
     save_checkpoint(folder / "checkpoint", network, about)

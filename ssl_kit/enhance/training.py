@@ -58,11 +58,15 @@ VALID_METRICS = ("pesq", "stoi", "si_sdr")
 class Validation:
     """Figures of a network on the first batches of a stream: valid_loss, valid_pesq, …, valid_failed, mask_….
 
-    `metrics`: names of `enhance.metrics.METRICS`; without any, the loss and the mask alone."""
+    `metrics`: names of `enhance.metrics.METRICS`; without any, the loss and the mask alone. `window`: samples that are
+    run at once, for networks that know no positions beyond the clips they learned from; it divides the clips'
+    length."""
 
-    def __init__(self, task: EnhanceTask, stream, n_batches: int = 3, metrics=VALID_METRICS):
+    def __init__(self, task: EnhanceTask, stream, n_batches: int = 3, metrics=VALID_METRICS,
+                 window: int | None = None):
         if n_batches < 1:
             raise ParameterError(f"n_batches: expected at least 1, found {n_batches}")
+        self.window = window
         self.task, self.stream, self.n_batches, self.metrics = task, stream, n_batches, tuple(metrics)
         self._batches = None
 
@@ -80,7 +84,10 @@ class Validation:
         losses, masks, rows = [], [], []
         for batch in self.batches():
             prepared = loop.on_device(self.task.prepare(batch), device)
-            enhanced, mask = network.forward_with_mask(prepared[0])
+            noisy = prepared[0]
+            pieces = noisy if self.window is None else noisy.reshape(-1, self.window)
+            enhanced, mask = network.forward_with_mask(pieces)
+            enhanced = enhanced.reshape(noisy.shape)
             # one loss for all kinds, so that their curves can be compared
             losses.append(float(enhancement_loss(enhanced, prepared[1], self.task.config.loss)))
             masks.append(mask_statistics(mask) if mask is not None else {})
@@ -110,10 +117,10 @@ class Validation:
 
 # %% ../../nbs/enhance/training.ipynb #84769fe2
 def train_network(folder, task: EnhanceTask, config: loop.TrainingConfig, train, valid=None, valid_batches: int = 3,
-                  metrics=VALID_METRICS, **options):
+                  metrics=VALID_METRICS, window: int | None = None, **options):
     """`lab.training.train_network` for an enhancement network, with `Validation` on the stream `valid`.
 
     `train` and `valid`: `draw(step)` gives noisy and clean, `identity()` what they are made of. Further options, the
     result and the errors as there."""
-    check = None if valid is None else Validation(task, valid, valid_batches, metrics)
+    check = None if valid is None else Validation(task, valid, valid_batches, metrics, window)
     return loop.train_network(folder, task, config, train, check, **options)
