@@ -18,7 +18,7 @@ import torch
 from .metrics import METRICS, evaluate_pairs, summarize
 from .models import EnhancementNetwork, macs_per_second, n_parameters
 from .windows import enhance_windows
-from ..lab.errors import DataError, MissingDataError, ParameterError, SslKitError
+from ..lab.errors import DataError, MissingDataError, ParameterError
 from ..lab.progress import progress
 from ..lab.statistics import paired_difference
 
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from ssl_kit.enhance.test_sets import TestSet
 
 # %% ../../nbs/enhance/evaluation.ipynb #13a59659
-def network_function(network: EnhancementNetwork, window_s: float | None = None, overlap_s: float = 0.5) -> Callable:
-    "Function from noisy (sample,) to enhanced (sample,), float32 at 16 kHz; through windows where `window_s` is given."
+def network_function(network: EnhancementNetwork, window_s: float | None = None) -> Callable:
+    """Function from noisy (sample,) to enhanced (sample,), float32 at 16 kHz; where `window_s` is given through windows
+    that overlap by a quarter, at most half a second."""
     device = next(network.parameters()).device
+    overlap_s = None if window_s is None else min(0.5, window_s / 4)
 
     @torch.no_grad()
     def enhance(noisy):
@@ -60,7 +62,7 @@ def enhance_set(function: Callable, mixtures: "TestSet", label: str = "enhance")
             estimate, reason = np.asarray(function(noisy)), ""
             if estimate.shape != noisy.shape:
                 raise DataError(f"expected an estimate of shape {noisy.shape}, found {estimate.shape}")
-        except SslKitError as error:
+        except DataError as error:
             estimate, reason = np.full_like(noisy, np.nan), str(error)
         estimates.append(estimate)
         reasons.append(reason)
@@ -75,8 +77,8 @@ def evaluate_systems(
 ) -> "pd.DataFrame":
     """A row for each system and mixture: test_set, system, speech, speaker, noise, kind, snr_db, the measures, reason.
 
-    An error of the kit in a system fails that mixture alone, and so does an estimate of another length; other errors
-    are faults of the program and are raised."""
+    A DataError of a system fails that mixture alone, and so does an estimate of another length; other errors are faults
+    of the program and are raised."""
     import pandas as pd
 
     parts = []

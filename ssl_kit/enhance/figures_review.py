@@ -147,7 +147,8 @@ def phase_figure(table: "pd.DataFrame", estimates: Mapping[str, Sequence], clean
     plane.set(xlabel="PESQ", ylabel="SI-SDR (dB)")
     phases.axhline(100 / 360, color="0.4", linewidth=0.8, linestyle=":")
     phases.text(180, 100 / 360, "no relation", fontsize=6, color="0.3", ha="right", va="bottom")
-    phases.set(xlabel="phase error (°)", ylabel="clean power (% per degree)", xlim=(-180, 180), yscale="log")
+    phases.set(xlabel="phase error (°)", ylabel="clean power (% per degree)", xlim=(-180, 180), ylim=(1e-3, None),
+               yscale="log")
     phases.set_xticks([-180, -90, 0, 90, 180])
     fig.legend(*plane.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     return fig, pd.concat(tables, ignore_index=True)
