@@ -123,7 +123,7 @@ class _BandGain:
         was, now = np.split(power + 1e-12, 2)
         return (1 - np.sqrt(np.minimum(1, now / was))).astype(np.float32)
 
-# %% ../../nbs/enhance/long_signals.ipynb #13bb145f
+# %% ../../nbs/enhance/long_signals.ipynb #b94c87f0
 class EnhancementChain:
     """Blocks (channel, sample), float32, of any rate from 8 kHz through a pass at 16 kHz and back to their rate.
 
@@ -162,7 +162,7 @@ class EnhancementChain:
         before, self._low = np.split(self._low, [enhanced.shape[1]], axis=1)
         loss = self._gain.push(before, enhanced)
         rows = _resampled(self._up, np.concatenate([enhanced, before, loss]), last)
-        if last:                                                     # rates that are no multiples: a sample more or less
+        if last:                                                     # the rates decide about one sample more or less
             missing = max(0, self._input.shape[1] - rows.shape[1])
             rows = np.pad(rows, ((0, 0), (0, missing)))[:, :self._input.shape[1]]
         return self._mixed(*np.split(rows, 3))
