@@ -138,7 +138,8 @@ def _task_of(plan: NetworkPlan, recipe) -> EnhanceTask:
 def _trained(ctx: StageContext, name: str, plan: NetworkPlan, before: str) -> StageNetwork:
     "Train by the recipe with the plan's sizes, or go on; the stage is marked unfinished when the time was too short."
     stated = RECIPES[plan.recipe]
-    epoch = next(k for k in range(min(stated.epoch_steps, max(1, plan.steps // 4)), 0, -1) if plan.steps % k == 0)
+    longest = max(1, plan.steps // (2 if plan.size == "tiny" else 4))
+    epoch = next(k for k in range(min(stated.epoch_steps, longest), 0, -1) if plan.steps % k == 0)
     recipe = replace(stated, steps=plan.steps, epoch_steps=epoch, batch_size=plan.batch_size, clip_s=plan.clip_s,
                      causal=plan.causal, warmup_steps=min(stated.warmup_steps, max(1, plan.steps // 4)), seed=plan.seed)
     mix_on = "cuda" if ctx.device == "cuda" else "cpu"
