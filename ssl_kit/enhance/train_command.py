@@ -192,7 +192,8 @@ def run_train_enhance(args: argparse.Namespace) -> int:
              "si_snr_weight": recipe.si_snr_weight, "perceptual_weight": recipe.perceptual_weight, "seed": recipe.seed,
              "parameters": n_parameters(network),
              "seconds": sum(row["seconds"] for row in history), "device": device,
-             "hardware": hardware(), "command": training_command(args, recipe), "start": Path(args.start).name if args.start else None,
+             "hardware": hardware(), "command": training_command(args, recipe),
+             "start": Path(args.start).name if args.start else None,
              "validation": {name: value for name, value in shown.items() if name.startswith(("valid_", "mask_"))}}
     save_checkpoint(folder / "checkpoint", network, about)
     write_json(folder / "checkpoint" / "history.json", history)
