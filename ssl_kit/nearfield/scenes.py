@@ -69,7 +69,7 @@ class SceneConfig:
         except (TypeError, KeyError) as error:
             raise ParameterError(f"scene configuration: expected what SceneConfig.to_dict gives, {error}") from error
 
-# %% ../../nbs/nearfield/scenes.ipynb #e5936ce5
+# %% ../../nbs/nearfield/scenes.ipynb #68425953
 @dataclass(frozen=True, eq=False)
 class SceneBatch:
     "Scenes as arrays; sources are ordered by range and padded with zeros."
@@ -82,7 +82,9 @@ class SceneBatch:
     snr_db: np.ndarray      # float64 (scene,)
     surface: Surface = field(default_factory=Surface)
     bits: int | None = 3
-    index: np.ndarray | None = None  # int64 (scene,): which scene of its seed
+    index: np.ndarray | None = None        # int64 (scene,): which scene of its seed
+    symbols: np.ndarray | None = None      # complex64 (scene, snapshot, 5): at the surface, path gain included
+    noise_power: np.ndarray | None = None  # float64 (scene,): E|n|² of an entry of y
 
     def __post_init__(self):
         n_scenes, n_snapshots, n_antennas = self.y.shape
@@ -99,9 +101,8 @@ class SceneBatch:
     def __getitem__(self, rows) -> "SceneBatch":
         "The scenes of a slice or an array of numbers."
         rows = slice(rows, rows + 1 or None) if isinstance(rows, int) else rows
-        names = ("y", "channel", "codes", "sources", "n_sources", "snr_db")
-        index = None if self.index is None else self.index[rows]
-        return replace(self, index=index, **{name: getattr(self, name)[rows] for name in names})
+        names = ("y", "channel", "codes", "sources", "n_sources", "snr_db", "index", "symbols", "noise_power")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names if getattr(self, name) is not None})
 
     def truth(self, scene: int) -> np.ndarray:
         "Sources (K, 3) of one scene."
@@ -116,7 +117,7 @@ def line_of_sight(angles_rad: np.ndarray, n_antennas: int, surface: Surface) -> 
     at_station = np.exp(1j * np.pi * antennas * np.sin(angles_rad[:, 2:]))
     return at_station[:, :, None] * at_surface[:, None, :]
 
-# %% ../../nbs/nearfield/scenes.ipynb #2cf7961c
+# %% ../../nbs/nearfield/scenes.ipynb #6193b4e1
 def scene_generator(seed: int, index: int) -> np.random.Generator:
     "The generator of scene `index`: Philox keyed by (seed, index)."
     if seed < 0 or index < 0:
@@ -173,11 +174,12 @@ def draw_scenes(config: SceneConfig, seed: int, index) -> SceneBatch:
     channel = diffuse.view(np.complex64)[..., 0] * (scale[1] * np.float32(np.sqrt(0.5)))
     channel += scale[0] * line_of_sight(angles, M, config.surface).astype(np.complex64)
     codes = _as_codes(phases, config.bits, fixed is not None)
-    arriving = codes * gains * ((symbols * amplitude[:, None]) @ waves)
+    symbols *= amplitude[:, None]
+    arriving = codes * gains * (symbols @ waves)
     clean = arriving @ channel.transpose(0, 2, 1)
     sigma = np.sqrt((np.abs(clean) ** 2).mean(axis=(1, 2)) * 10 ** (-snr_db / 10))
     return SceneBatch((clean + sigma[:, None, None] * noise).astype(np.complex64), channel, codes, sources, k, snr_db,
-                      config.surface, config.bits, index)
+                      config.surface, config.bits, index, symbols.astype(np.complex64), sigma**2)
 
 
 def _as_codes(phases: np.ndarray, bits: int | None, same: bool) -> np.ndarray:

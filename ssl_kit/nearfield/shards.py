@@ -24,7 +24,7 @@ from .codebooks import codes_of, phase_indices
 from .geometry import Surface
 from .scenes import MAX_SOURCES, SceneBatch, SceneConfig, draw_scenes, true_covariance
 
-# %% ../../nbs/nearfield/shards.ipynb #45bd5735
+# %% ../../nbs/nearfield/shards.ipynb #e739597c
 @dataclass(frozen=True, eq=False)
 class Shard:
     "Scenes of a file and, where it has one, the factor (scene, N, r) of their sample covariances."
@@ -32,12 +32,14 @@ class Shard:
     r_samp_factor: np.ndarray | None = None
 
 
+_OPTIONAL = ("index", "symbols", "noise_power")
+
+
 def write_shard(path: str | os.PathLike, batch: SceneBatch, r_samp_factor: np.ndarray | None = None) -> Path:
     "Write scenes in the kit's own layout, whole or not at all; StorageError like `atomic_write`."
     arrays = {"y": batch.y, "channel": batch.channel, "sources": batch.sources,
               "n_sources": batch.n_sources.astype(np.int8), "snr_db": batch.snr_db}
-    if batch.index is not None:
-        arrays["index"] = batch.index
+    arrays |= {name: getattr(batch, name) for name in _OPTIONAL if getattr(batch, name) is not None}
     phases = np.angle(batch.codes)
     arrays |= {"code_phase": phases.astype(np.float32)} if batch.bits is None else \
         {"code_index": phase_indices(phases, batch.bits)}
@@ -49,7 +51,7 @@ def write_shard(path: str | os.PathLike, batch: SceneBatch, r_samp_factor: np.nd
         np.savez(file, facts=np.array(json.dumps(to_plain(facts))), **arrays)
     return Path(path)
 
-# %% ../../nbs/nearfield/shards.ipynb #942a9f0f
+# %% ../../nbs/nearfield/shards.ipynb #f9763ef2
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     "All arrays of an .npz; DataError naming the file when it is truncated or something else."
     try:
@@ -80,7 +82,7 @@ def read_shard(path: str | os.PathLike, surface: Surface | None = None) -> Shard
         codes_of(arrays["code_index"], bits)
     batch = SceneBatch(arrays["y"], arrays["channel"], codes, arrays["sources"],
                        arrays["n_sources"].astype(np.int64), arrays["snr_db"], Surface(**facts["surface"]), bits,
-                       arrays.get("index"))
+                       *map(arrays.get, _OPTIONAL))
     return Shard(batch, arrays.get("r_samp_factor"))
 
 # %% ../../nbs/nearfield/shards.ipynb #f4a2ef20
