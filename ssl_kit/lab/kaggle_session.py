@@ -98,7 +98,7 @@ def skip_rest() -> None:
     if shell is not None:
         shell.input_transformers_cleanup.append(lambda lines: [])
 
-# %% ../../nbs/lab/kaggle_session.ipynb #85a78856
+# %% ../../nbs/lab/kaggle_session.ipynb #865fc54f
 @dataclass
 class KaggleSession:
     "The run of a stage between `begin` and `finish`."
@@ -135,9 +135,8 @@ class KaggleSession:
     def _close(self, state: str, error: object = None) -> None:
         self.active = False
         self._watch.stop()
-        executed = kaggle_folder("working") / "__notebook__.ipynb"
-        if executed.is_file():
-            shutil.copyfile(executed, self.target.folder / "notebook.ipynb")
+        executed = kaggle_folder("working") / "__notebook__.ipynb"  # where Kaggle's own papermill writes
+        shutil.copyfile(executed if executed.is_file() else self.target.stage.path, self.target.folder / "notebook.ipynb")
         close_run(self.target, self.status, time.monotonic() - self._clock, self._watch.peak_bytes, state, error,
                   kaggle=dict(self.facts))
         seal_run(self.target.folder)
