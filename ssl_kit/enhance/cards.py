@@ -23,18 +23,18 @@ ABOUT_KINDS = {
             "STFT 512/128, convolutions over frequency, two LSTM layers over frames, a real mask between 0 and 1; the "
             "noisy phase is kept. The baseline of the review."),
     "mel": ("R2, convolutions and a transformer on 128 mels",
-            "A mask on mel magnitudes and 32 iterations of Griffin-Lim. Kept for its lesson: phase is lost, so SI-SDR is "
-            "far below that of the noisy input, however good the mask. Not for use."),
+            "A mask on mel magnitudes and 32 iterations of Griffin-Lim. Kept for its lesson: phase is lost, so SI-SDR "
+            "is far below that of the noisy input, however good the mask. Not for use."),
     "stft": ("R3, the network of R2 on the STFT with a mean over frequency",
-             "Kept for its lesson: after the mean over frequency one gain for all frequencies is all it can say, and the "
-             "mask-collapse detector fires. Not for use."),
+             "Kept for its lesson: after the mean over frequency one gain for all frequencies is all it can say, and "
+             "the mask-collapse detector fires. Not for use."),
     "dpt": ("R3-DPT, dual-path transformer",
             "Attention over 65 bands, then over frames, twice; a real mask on the STFT. Positions beyond the clips it "
             "was trained on are unknown to it, so long signals go through windows as long as those."),
     "final": ("Final network",
               "Compressed ERB bands, convolutions, LSTMs along bands and along frames in turn, a complex mask and a "
-              "filter over three frames below 2 kHz; trained on compressed spectra at three resolutions, SI-SNR and, where "
-              "it has a weight, PESQ's disturbance (`enhance.perceptual`)."),
+              "filter over three frames below 2 kHz; trained on compressed spectra at three resolutions, SI-SNR and, "
+              "where it has a weight, PESQ's disturbance (`enhance.perceptual`)."),
 }
 _HEADINGS = (("pesq", "PESQ", 2), ("stoi", "STOI", 3), ("estoi", "ESTOI", 3), ("si_sdr", "SI-SDR (dB)", 1))
 
@@ -42,7 +42,7 @@ _HEADINGS = (("pesq", "PESQ", 2), ("stoi", "STOI", 3), ("estoi", "ESTOI", 3), ("
 def results_table(summary: "pd.DataFrame") -> str:
     """Markdown rows of systems (noisy first) with measures and their 95 % intervals.
 
-    summary: columns test_set, system, metric, mean, low, high, n, n_failed. Raises DataError when columns are missing."""
+    summary: columns test_set, system, metric, mean, low, high, n, n_failed. Raises DataError when some are missing."""
     missing = {"test_set", "system", "metric", "mean", "low", "high", "n", "n_failed"} - set(summary)
     if missing:
         raise DataError(f"summary: expected the columns of summarize_systems, found none of {sorted(missing)}")
@@ -76,8 +76,8 @@ def _facts(about: dict, kind: str, size_bytes: int) -> list[tuple[str, str]]:
     minutes = about.get("seconds", 0) / 60
     steps = (f"{about['steps']:,} of {about['batch_size']} clips of {about['clip_s']:g} s; AdamW, peak learning rate "
              f"{about['learning_rate']:g}") if {"steps", "batch_size", "clip_s", "learning_rate"} <= set(about) else ""
-    data = {"librispeech": "LibriSpeech train-clean-100 (CC BY 4.0), one utterance from each of the speakers of the splits "
-                           "train and calibration; ESC-10 folds 1 to 3 without baby_cry and chainsaw, and white, pink "
+    data = {"librispeech": "LibriSpeech train-clean-100 (CC BY 4.0), one utterance from each of the speakers of the "
+                           "splits train and calibration; ESC-10 folds 1 to 3 without baby_cry and chainsaw, and white, pink "
                            "and brown noise",
             "embedded": "the synthetic speech and noise that ship with the kit"}.get(about.get("speech"), "")
     mixed = (f"; mixed on the fly at -5 to 20 dB, low ratios more often (skew {about['snr_skew']:g})"
@@ -94,8 +94,8 @@ def _facts(about: dict, kind: str, size_bytes: int) -> list[tuple[str, str]]:
 
 
 def model_card(folder, summary: "pd.DataFrame | None" = None, measured_by: str = "", notes: str = "") -> str:
-    """Markdown of the checkpoint in `folder`; with a `summary` (see `results_table`) the figures that were measured, and
-    the command that did, `measured_by`. Raises MissingDataError or DataError where config.json cannot be read."""
+    """Markdown of the checkpoint in `folder`; with a `summary` (see `results_table`) the figures that were measured,
+    and the command that did, `measured_by`. Raises MissingDataError or DataError where config.json cannot be read."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise MissingDataError(f"{folder / 'config.json'}: expected a checkpoint folder, found none")
@@ -104,14 +104,15 @@ def model_card(folder, summary: "pd.DataFrame | None" = None, measured_by: str =
         kind, about = config["kind"], config["about"]
         title = ABOUT_KINDS[kind][0]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / 'config.json'}: expected the configuration of a network, found {error!r}") from error
+        raise DataError(f"{folder / 'config.json'}: expected the configuration of a network, found "
+                        f"{error!r}") from error
     causal = ", causal" if config["model"].get("causal") else ""
     lines = [f"# {title}{causal}", "", "| | |", "| --- | --- |"]
     lines += [f"| {what} | {value} |" for what, value in
               _facts(about, kind, (folder / "model.safetensors").stat().st_size) if value]
     if summary is not None:
-        lines += ["", "Measured" + (f" by `{measured_by}`" if measured_by else "") + "; test speakers, test noise, 95 % "
-                  "intervals over sentences:", "", results_table(summary)]
+        lines += ["", "Measured" + (f" by `{measured_by}`" if measured_by else "") + "; test speakers, test noise, "
+                  "95 % intervals over sentences:", "", results_table(summary)]
     validation = {name.removeprefix("valid_"): value for name, value in about.get("validation", {}).items()
                   if name in ("valid_pesq", "valid_stoi", "valid_si_sdr")}
     if validation:
