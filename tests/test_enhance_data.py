@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssl_kit.enhance.device_mixtures import DeviceMixtures
 from ssl_kit.enhance.mixtures import (
     LEFT_OUT_CLASSES,
     EnhanceMixtures,
@@ -21,6 +22,7 @@ from ssl_kit.enhance.mixtures import (
     looped,
     noise_gain,
     pool_clips,
+    room_response,
     speech_crop,
 )
 from ssl_kit.enhance.pairs import PairConfig, PairStream, find_pairs, read_pair, unpack_pairs
@@ -431,3 +433,28 @@ def test_the_stream_of_pairs_is_reproducible_and_measures_its_ratio(tmp_path):
     assert stream.identity() == PairStream(find_pairs(tmp_path), PairConfig(16000, 6), seed=2).identity()
     with pytest.raises(ParameterError, match="found none"):
         PairStream([])
+
+
+def test_rooms_keep_what_is_early_and_the_ratio_of_what_is_heard():
+    pools = Pools(tones(3), tones(2), ("a", "b", "c"), ("d", "e"))
+    dry = EnhanceMixtures(pools, MixConfig(16000, 6, filter_share=0.0), seed=1).draw(0)
+    config = MixConfig(16000, 6, filter_share=0.0, room_share=0.0, t60_s=(1.0, 1.0))
+    plain = EnhanceMixtures(pools, config, seed=1).draw(0)
+    assert dry.noisy.equal(plain.noisy)                               # without a share nothing changes
+    stream = EnhanceMixtures(pools, MixConfig(16000, 6, filter_share=0.0, room_share=1.0), seed=1)
+    wet = stream.draw(0)
+    assert wet.noisy.equal(stream.draw(0).noisy) and not wet.clean.equal(dry.clean) and wet.noisy.abs().max() <= 1
+
+
+@pytest.mark.parametrize("t60_s, direct_db", [(0.2, 0.0), (0.8, 12.0), (0.001, 3.0)])
+def test_a_room_has_the_asked_energy_and_begins_with_the_direct_sound(t60_s, direct_db):
+    response = room_response(np.random.default_rng(3), t60_s, direct_db)
+    assert response[0] == 1 and not response[1:32].any()
+    assert (response[1:] ** 2).sum() == pytest.approx(10 ** (-direct_db / 10))
+
+
+def test_rooms_are_refused_where_they_cannot_be():
+    with pytest.raises(ParameterError, match="t60_s"):
+        MixConfig(t60_s=(0.0, 0.5))
+    with pytest.raises(ParameterError, match="room_share"):
+        DeviceMixtures(Pools(tones(1), tones(1), ("a",), ("b",)), MixConfig(16000, 2, room_share=0.5))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'ACTIVE_DB', 'LEFT_OUT_CLASSES', 'active_loop', 'to_int16', 'noise_loop', 'looped', 'Pools',
            'pool_clips', 'change_speed', 'load_pools', 'MixConfig', 'noise_gain', 'speech_crop', 'filter_gains',
-           'MixtureBatch', 'EnhanceMixtures']
+           'room_response', 'in_room', 'MixtureBatch', 'EnhanceMixtures']
 
 # %% ../../nbs/enhance/mixtures.ipynb #20973aa8
 from collections.abc import Sequence
@@ -145,12 +145,17 @@ class MixConfig:
     tilt_db: float = 6.0                          # filter: up to this much from the lowest to the highest octave
     ripple_db: float = 2.0                        # filter: standard deviation of each octave about the tilt
     snr_skew: float = 1.0                         # above 1 low ratios come more often: the power of a uniform draw
+    room_share: float = 0.0                       # of the clips, with the talker in a room of this reverberation time
+    t60_s: tuple[float, float] = (0.2, 0.8)
+    direct_db: tuple[float, float] = (0.0, 12.0)  # energy of the direct sound over that of the rest of the room
 
     def __post_init__(self):
-        for name in ("snr_db", "level_db"):
+        for name in ("snr_db", "level_db", "t60_s", "direct_db"):
             low, high = getattr(self, name)
             if not low <= high:
                 raise ParameterError(f"{name}: expected (lowest, highest), found {(low, high)}")
+        if self.t60_s[0] <= 0:
+            raise ParameterError(f"t60_s: expected times above 0, found {self.t60_s}")
         if self.snr_skew <= 0:
             raise ParameterError(f"snr_skew: expected more than 0, found {self.snr_skew}")
         if self.n_samples < 1 or self.batch_size < 1:
@@ -200,6 +205,29 @@ def filter_gains(rng, n_fft: int, tilt_db: float, ripple_db: float) -> np.ndarra
     knots_db += ripple_db * rng.standard_normal(len(_KNOTS))
     octave = np.log2(np.maximum(np.arange(n_fft // 2 + 1) * (SAMPLE_RATE / n_fft), 1.0))
     return (10 ** (np.interp(octave, _KNOTS, knots_db) / 20)).astype(np.float32)
+
+# %% ../../nbs/enhance/mixtures.ipynb #ce943830
+_FIRST_ECHO, _EARLY = SAMPLE_RATE // 500, SAMPLE_RATE // 20
+
+
+def room_response(rng, t60_s: float, direct_db: float) -> np.ndarray:
+    """Impulse response (sample,) of a room by Polack's model, float64, as long as `t60_s`.
+
+    direct_db: energy of the direct sound, which is 1 at sample 0, over that of the rest."""
+    n_samples = max(_FIRST_ECHO + 1, round(t60_s * SAMPLE_RATE))
+    response = rng.standard_normal(n_samples) * 10 ** (-3 * np.arange(n_samples) / (t60_s * SAMPLE_RATE))
+    response[:_FIRST_ECHO] = 0.0
+    response *= 10 ** (-direct_db / 20) / np.sqrt((response ** 2).sum())
+    response[0] = 1.0
+    return response
+
+
+def in_room(rng, speech: np.ndarray, t60_s: float, direct_db: float) -> tuple[np.ndarray, np.ndarray]:
+    "What a microphone hears of speech (sample,), and its part of direct sound and early echoes, float32 both."
+    from scipy.signal import oaconvolve
+
+    response = room_response(rng, t60_s, direct_db)
+    return tuple(oaconvolve(speech, part)[:len(speech)].astype(np.float32) for part in (response, response[:_EARLY]))
 
 # %% ../../nbs/enhance/mixtures.ipynb #672445dc
 @dataclass(frozen=True)
@@ -253,12 +281,15 @@ class EnhanceMixtures:
         both = np.stack([speech_crop(rng, self.pools.speech, cfg.n_samples), self._noise(rng)])
         if rng.random() < cfg.filter_share:
             both = self._filtered(rng, both)
+        heard, clean = both[0], both[0]
+        if cfg.room_share and rng.random() < cfg.room_share:
+            heard, clean = in_room(rng, both[0], rng.uniform(*cfg.t60_s), rng.uniform(*cfg.direct_db))
         snr_db = cfg.snr_of(rng.random())
-        noisy = both[0] + np.float32(noise_gain(both[0], both[1], snr_db)) * both[1]
+        noisy = heard + np.float32(noise_gain(heard, both[1], snr_db)) * both[1]
         level = 10 ** (rng.uniform(*cfg.level_db) / 20) / np.sqrt(np.mean(noisy ** 2))
-        peak = max(np.abs(noisy).max(), np.abs(both[0]).max())
+        peak = max(np.abs(noisy).max(), np.abs(clean).max())
         scale = np.float32(min(level, 0.99 / peak))
-        return scale * noisy, scale * both[0], snr_db
+        return scale * noisy, scale * clean, snr_db
 
     def draw(self, step: int) -> MixtureBatch:
         "The batch of a step."

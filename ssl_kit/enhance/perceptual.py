@@ -17,7 +17,7 @@ from ..lab.errors import ParameterError
 # %% ../../nbs/enhance/perceptual.ipynb #884555d8
 @lru_cache
 def bark_bands(n_bands: int = 49, n_fft: int = 512, sample_rate: int = 16000) -> tuple[np.ndarray, np.ndarray, float]:
-    """Share of each bin in each band (band, bin), threshold in quiet (band,) as a power over 0 dB SPL, width in Bark."""
+    """Share of each bin in each band (band, bin), threshold in quiet (band,), power over 0 dB SPL, width in Bark."""
     if n_bands < 1 or n_fft < 2:
         raise ParameterError(f"n_bands, n_fft: expected at least 1 and 2, found {n_bands} and {n_fft}")
     top = 6 * np.arcsinh(sample_rate / 2 / 600)

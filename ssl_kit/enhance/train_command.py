@@ -14,7 +14,7 @@ from ..lab.errors import ParameterError
 
 # %% auto #0
 __all__ = ['RECIPES', 'EnhanceRecipe', 'make_task', 'make_streams', 'valid_window', 'add_train_enhance_arguments',
-           'chosen_enhance_recipe', 'run_train_enhance']
+           'chosen_enhance_recipe', 'training_command', 'run_train_enhance']
 
 # %% ../../nbs/enhance/train_command.ipynb #4f735282
 @dataclass(frozen=True)
@@ -142,6 +142,17 @@ def chosen_enhance_recipe(args: argparse.Namespace) -> EnhanceRecipe:
     return replace(recipe, warmup_steps=min(recipe.warmup_steps, max(1, recipe.steps // 4)))
 
 
+def training_command(args: argparse.Namespace, recipe: EnhanceRecipe) -> str:
+    "The command that makes this network again, with all that differs from its recipe."
+    usual, words = RECIPES[args.recipe], ["ssl-kit train-enhance", args.recipe, "FOLDER", "--speech", args.speech]
+    words += ["--speeds", args.speeds] if args.speeds != "1" else []
+    words += ["--causal"] if args.causal else []
+    words += [f"--{name.replace('_', '-')} {getattr(recipe, name):g}" for name in _NUMBERS
+              if getattr(recipe, name) != getattr(usual, name)]
+    words += ["--start", "CHECKPOINT"] if args.start else []
+    return " ".join(words + (["--mix", args.mix] if args.mix != "cpu" else []))
+
+
 def _speeds(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
@@ -153,9 +164,11 @@ def run_train_enhance(args: argparse.Namespace) -> int:
     "Train; exit code 0 when the training is complete, 3 when the time limit came first. Raises the kit's errors."
     import torch
 
+    from ssl_kit.enhance.cards import hardware, write_card
     from ssl_kit.enhance.checkpoints import load_checkpoint, save_checkpoint
     from ssl_kit.enhance.models import n_parameters
     from ssl_kit.enhance.training import VALID_METRICS, train_network
+    from ssl_kit.lab.files import write_json
     from ssl_kit.lab.training import TrainingConfig, epochs_without_best
 
     recipe, folder, speeds = chosen_enhance_recipe(args), Path(args.folder), _speeds(args.speeds)
@@ -179,8 +192,12 @@ def run_train_enhance(args: argparse.Namespace) -> int:
              "si_snr_weight": recipe.si_snr_weight, "perceptual_weight": recipe.perceptual_weight, "seed": recipe.seed,
              "parameters": n_parameters(network),
              "seconds": sum(row["seconds"] for row in history), "device": device,
+             "hardware": hardware(), "command": training_command(args, recipe),
+             "start": Path(args.start).name if args.start else None,
              "validation": {name: value for name, value in shown.items() if name.startswith(("valid_", "mask_"))}}
     save_checkpoint(folder / "checkpoint", network, about)
+    write_json(folder / "checkpoint" / "history.json", history)
+    write_card(folder / "checkpoint")
     done = last["step"] == recipe.steps or bool(recipe.stop_epochs and since >= recipe.stop_epochs)
     if args.json:
         print(json.dumps({"checkpoint": str(folder / "checkpoint"), "complete": done, "history": history}, indent=1))

@@ -29,6 +29,7 @@ COMMANDS = {
     "report": ("ssl_kit.lab.report_command", "write the HTML report"),
     "data": ("ssl_kit.lab.data_command", "list, fetch and verify data sets"),
     "bench": ("ssl_kit.lab.bench", "measure pieces of the kit against their peers"),
+    "kaggle": ("ssl_kit.lab.kaggle_command", "build, push and pull a stage as a Kaggle notebook"),
     "simulate": ("ssl_kit.arrays.simulate_command", "make recordings in simulated rooms, here or on many machines"),
     "train": ("ssl_kit.localize.train_command", "train a localizer, from speech and noise to a model"),
     "localize": ("ssl_kit.localize.command", "say where the sound in a recording comes from"),

@@ -124,7 +124,15 @@ def _described(version: str, commit: str | None, dirty: bool | None) -> dict:
 
 
 def code_version() -> dict:
-    "Package version and, in a git checkout, commit and whether files differ from it; 'text' says it in short."
+    """Package version and, in a git checkout, commit and whether files differ from it; 'text' says it in short.
+
+    A wheel that `ssl-kit kaggle build` made carries the version of the checkout that it was made from."""
+    try:
+        from ssl_kit._built_from import VERSION
+    except ImportError:
+        pass
+    else:
+        return dict(VERSION)
     folder = package_folder().parent
     top = _git(folder, "rev-parse", "--show-toplevel")
     in_checkout = top is not None and Path(top).resolve() == folder
