@@ -194,17 +194,18 @@ def example_mask(source: StageNetwork, noisy: np.ndarray) -> torch.Tensor:
     return source.network.forward_with_mask(torch.from_numpy(noisy[:n])[None])[1]
 
 
-def mask_table(source: StageNetwork, mixtures: "TestSet") -> "pd.DataFrame":
-    "A row for each mixture: `mask_statistics`, and collapsed as `warn_of_collapse` says."
+def mask_table(source: StageNetwork, mixtures: "TestSet", at_most: int = 24) -> "pd.DataFrame":
+    "A row for each of `at_most` mixtures, spread evenly: `mask_statistics`, and collapsed as `warn_of_collapse` says."
     import pandas as pd
 
-    rows = []
-    for noisy in mixtures.noisy:
-        statistics = mask_statistics(example_mask(source, noisy))
+    n = len(mixtures.noisy)
+    rows, chosen = [], sorted({round(k) for k in np.linspace(0, n - 1, min(n, at_most))})
+    for k in chosen:
+        statistics = mask_statistics(example_mask(source, mixtures.noisy[k]))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MaskWarning)
             rows.append(statistics | {"collapsed": warn_of_collapse(statistics)})
-    return pd.concat([mixtures.facts(), pd.DataFrame(rows)], axis=1)
+    return pd.concat([mixtures.facts().iloc[chosen].reset_index(drop=True), pd.DataFrame(rows)], axis=1)
 
 
 def mask_sentence(masks: "pd.DataFrame", name: str) -> str:
