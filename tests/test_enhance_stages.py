@@ -188,7 +188,6 @@ def test_every_figure_has_its_data_and_its_origin(ctx, mixtures, table):
     made = {
         "spectrograms": figures.spectrograms_figure({"noisy": noisy, "clean": clean}),
         "mask": figures.mask_figure(masks["dpt"], 0.008),
-        "complex_mask": figures.mask_figure(torch.stack([masks["dpt"]] * 2, dim=1), 0.008),
         "attention": figures.attention_figure(fresh("dpt", 0).attention_maps(torch.from_numpy(noisy)[None]), 0.008),
         "training": figures.training_figure(history),
         "review": figures_review.review_figure(review),
@@ -213,6 +212,12 @@ def test_figures_refuse_what_they_cannot_show(table):
         figures.training_figure([])
     with pytest.raises(DataError, match="one test set"):
         figures_review.phase_figure(pd.concat([table, table.assign(test_set="other")]), {}, [])
+
+
+def test_the_picture_of_a_complex_mask_is_that_of_its_magnitude():
+    mask = torch.rand(1, 257, 50, generator=torch.Generator().manual_seed(0))
+    for one in (mask, -mask, torch.stack([0.6 * mask, -0.8 * mask], dim=1)):
+        np.testing.assert_allclose(figures.mask_magnitude(one), mask[0], rtol=1e-5)
 
 
 def test_phase_errors_have_closed_forms():

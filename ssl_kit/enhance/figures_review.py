@@ -13,6 +13,7 @@ import numpy as np
 
 from .evaluation import summarize_systems
 from .figures import long_table, mask_magnitude, pooled
+from .oracles import ORACLES
 from .review import METRIC_LABELS, in_review_order, system_label
 from ..lab.errors import DataError
 from ..lab.figures import PALETTE, figure_style, line_style, new_figure
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/enhance/figures_review.ipynb #37e8f242
 @figure_style()
-def review_figure(review: "pd.DataFrame", metrics: Sequence[str] = ("pesq", "stoi", "si_sdr"),
+def review_figure(review: "pd.DataFrame", metrics: Sequence[str] = ("pesq", "stoi", "si_sdr"), floor_db: float = -8.0,
                   width: str | float = "text"):
-    "Means with 95 % intervals of a `review_table`: a row for each system, a panel for each measure."
+    """Means with 95 % intervals of a `review_table`: a row for each system, a panel for each measure.
+
+    An SI-SDR below `floor_db` would leave no room for the others: it stands at the edge, with its number."""
     sets = list(dict.fromkeys(review.test_set))
     systems = in_review_order(review.system)
     fig, axes = new_figure(width, 0.14 + 0.042 * len(systems), ncols=len(metrics), sharey=True, squeeze=False)
@@ -35,9 +38,15 @@ def review_figure(review: "pd.DataFrame", metrics: Sequence[str] = ("pesq", "sto
             rows = review[review.test_set == test_set].set_index("system").reindex(systems)
             place = np.arange(len(systems)) + 0.18 * (k - (len(sets) - 1) / 2)
             style = line_style(k)
-            ax.plot(rows[metric], place, marker=style["marker"], linestyle="none", color=style["color"], markersize=4,
+            below = (rows[metric] < floor_db).to_numpy() if metric == "si_sdr" else np.zeros(len(rows), bool)
+            seen = rows[metric].where(~below)
+            ax.plot(seen, place, marker=style["marker"], linestyle="none", color=style["color"], markersize=4,
                     label=test_set)
-            ax.hlines(place, rows[f"{metric}_low"], rows[f"{metric}_high"], color=style["color"], linewidth=1.2)
+            ax.hlines(place[~below], rows[f"{metric}_low"][~below], rows[f"{metric}_high"][~below], color=style["color"],
+                      linewidth=1.2)
+            for y, value in zip(place[below], rows[metric][below], strict=True):
+                ax.plot(floor_db, y, marker="<", color=style["color"], markersize=4)
+                ax.annotate(f"{value:.1f}", (floor_db, y), (5, 0), textcoords="offset points", fontsize=6, va="center")
             if test_set in noisy:
                 ax.axvline(noisy[test_set], color=style["color"], linewidth=0.7, linestyle=":")
         ax.set_xlabel(METRIC_LABELS[metric])
@@ -63,7 +72,8 @@ def snr_figure(table: "pd.DataFrame", metrics: Sequence[str] = ("pesq", "stoi", 
             for k, system in enumerate(systems):
                 part = summary[(summary.test_set == test_set) & (summary.system == system)
                                & (summary.metric == metric)].sort_values("snr_db")
-                style = line_style(k)
+                style = line_style(k) if system not in ORACLES or system == "noisy" else \
+                    {"color": "0.6", "linestyle": (0, (2, 1)), "marker": ""}
                 ax.plot(part.snr_db, part["mean"], label=system_label(system), markersize=3.5, linewidth=1, **style)
                 ax.vlines(part.snr_db, part.low, part.high, color=style["color"], linewidth=0.8, alpha=0.5)
             ax.set_ylabel(METRIC_LABELS[metric])
