@@ -50,7 +50,7 @@ def noisereduce_function() -> Callable:
         import noisereduce
     except ImportError as error:
         raise MissingDataError("the classical row needs the package noisereduce, which is not installed: "
-                               "pip install 'noisereduce>=3,<4'") from error
+                               "pip install 'ssl-kit[peers]', or pip install 'noisereduce>=3,<4'") from error
 
     return lambda noisy: noisereduce.reduce_noise(y=np.asarray(noisy, np.float32), sr=16000).astype(np.float32)
 
@@ -143,7 +143,7 @@ def paired_differences(table: "pd.DataFrame", reference: str = "noisy", by: str 
                 rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/enhance/evaluation.ipynb #6b8a49cc
+# %% ../../nbs/enhance/evaluation.ipynb #ac190d0b
 @dataclass(frozen=True)
 class Costs:
     "What a system costs; None where there is no such number."
@@ -152,7 +152,7 @@ class Costs:
     real_time_factor: float
 
 
-def real_time_factor(function: Callable, seconds: float = 4.0, repeats: int = 3, seed: int = 0) -> float:
+def real_time_factor(function: Callable, seconds: float = 3.0, repeats: int = 3, seed: int = 0) -> float:
     "Median seconds that `function` takes for one second of noise, on one core."
     from threadpoolctl import threadpool_limits
 

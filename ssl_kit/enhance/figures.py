@@ -61,7 +61,7 @@ def spectrograms_figure(signals: Mapping[str, np.ndarray], sample_rate: int = 16
     for ax, (name, level) in zip(axes[0], levels.items(), strict=True):
         image = ax.imshow(level, origin="lower", aspect="auto", cmap="magma", vmin=-_RANGE_DB, vmax=0,
                           extent=(start_s, start_s + seconds, 0, sample_rate / 2000), interpolation="nearest")
-        ax.set_title(name, fontsize=8)
+        ax.set_title(name, fontsize=8 if len(levels) < 4 else 7)
         ax.set_xlabel("time (s)")
         ax.grid(False)
     axes[0][0].set_ylabel("frequency (kHz)")

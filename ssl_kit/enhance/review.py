@@ -100,11 +100,12 @@ def review_table(
                         | {name: known.get(name) for name in ("parameters", "macs_per_second", "real_time_factor")})
     return pd.DataFrame(rows).astype({name: float for name in ("parameters", "macs_per_second", "real_time_factor")})
 
-# %% ../../nbs/enhance/review.ipynb #6e1ab227
+# %% ../../nbs/enhance/review.ipynb #c3e91cbb
 def with_interval(value: float, low: float, high: float, digits: int = 2) -> str:
     "1.19 [1.15, 1.24]; without interval where there is none, a dash for no value."
     if not np.isfinite(value):
         return "–"
+    value, low, high = (round(float(part), digits) + 0.0 for part in (value, low, high))    # no "-0.00"
     text = f"{value:.{digits}f}"
     return f"{text} [{low:.{digits}f}, {high:.{digits}f}]" if np.isfinite(low) else text
 
@@ -153,12 +154,15 @@ def review_by_snr(table: "pd.DataFrame", metrics: Iterable[str] = REVIEW_METRICS
     wide = wide.loc[order].reset_index()
     return wide.assign(metric=wide.metric.map(METRIC_LABELS), system=wide.system.map(system_label))
 
-# %% ../../nbs/enhance/review.ipynb #41891d49
-def verdict(difference: float, low: float, high: float) -> str:
-    "better, worse, or no clear difference."
-    if np.isfinite(low) and low > 0:
-        return "better"
-    return "worse" if np.isfinite(high) and high < 0 else "no clear difference"
+# %% ../../nbs/enhance/review.ipynb #aafeae95
+def verdict(difference: float, low: float, high: float, digits: int = 3) -> str:
+    "better, worse, or no clear difference; one that rounds to zero is none."
+    if np.isfinite(low) and round(float(difference), digits) != 0:
+        if low > 0:
+            return "better"
+        if high < 0:
+            return "worse"
+    return "no clear difference"
 
 
 def difference_sentences(differences: "pd.DataFrame", system: str, reference: str = "noisy",
@@ -172,5 +176,5 @@ def difference_sentences(differences: "pd.DataFrame", system: str, reference: st
         sign = "" if number.startswith(("-", "–")) else "+"
         lost = f"; {row.n_failed} of {row.n + row.n_failed} mixtures failed" if row.n_failed else ""
         shown.append(f"{row.test_set}, {METRIC_LABELS[row.metric]}: {sign}{number} against {reference}: "
-                     f"{verdict(row.difference, row.low, row.high)}{lost}.")
+                     f"{verdict(row.difference, row.low, row.high, digits)}{lost}.")
     return shown

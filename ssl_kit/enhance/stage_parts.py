@@ -138,7 +138,8 @@ def _task_of(plan: NetworkPlan, recipe) -> EnhanceTask:
 def _trained(ctx: StageContext, name: str, plan: NetworkPlan, before: str) -> StageNetwork:
     "Train by the recipe with the plan's sizes, or go on; the stage is marked unfinished when the time was too short."
     stated = RECIPES[plan.recipe]
-    epoch = next(k for k in range(min(stated.epoch_steps, max(1, plan.steps // 4)), 0, -1) if plan.steps % k == 0)
+    longest = max(1, plan.steps // (2 if plan.size == "tiny" else 4))
+    epoch = next(k for k in range(min(stated.epoch_steps, longest), 0, -1) if plan.steps % k == 0)
     recipe = replace(stated, steps=plan.steps, epoch_steps=epoch, batch_size=plan.batch_size, clip_s=plan.clip_s,
                      causal=plan.causal, warmup_steps=min(stated.warmup_steps, max(1, plan.steps // 4)), seed=plan.seed)
     mix_on = "cuda" if ctx.device == "cuda" else "cpu"
@@ -193,17 +194,18 @@ def example_mask(source: StageNetwork, noisy: np.ndarray) -> torch.Tensor:
     return source.network.forward_with_mask(torch.from_numpy(noisy[:n])[None])[1]
 
 
-def mask_table(source: StageNetwork, mixtures: "TestSet") -> "pd.DataFrame":
-    "A row for each mixture: `mask_statistics`, and collapsed as `warn_of_collapse` says."
+def mask_table(source: StageNetwork, mixtures: "TestSet", at_most: int = 24) -> "pd.DataFrame":
+    "A row for each of `at_most` mixtures, spread evenly: `mask_statistics`, and collapsed as `warn_of_collapse` says."
     import pandas as pd
 
-    rows = []
-    for noisy in mixtures.noisy:
-        statistics = mask_statistics(example_mask(source, noisy))
+    n = len(mixtures.noisy)
+    rows, chosen = [], sorted({round(k) for k in np.linspace(0, n - 1, min(n, at_most))})
+    for k in chosen:
+        statistics = mask_statistics(example_mask(source, mixtures.noisy[k]))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MaskWarning)
             rows.append(statistics | {"collapsed": warn_of_collapse(statistics)})
-    return pd.concat([mixtures.facts(), pd.DataFrame(rows)], axis=1)
+    return pd.concat([mixtures.facts().iloc[chosen].reset_index(drop=True), pd.DataFrame(rows)], axis=1)
 
 
 def mask_sentence(masks: "pd.DataFrame", name: str) -> str:
