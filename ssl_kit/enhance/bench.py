@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['TARGET_RTF', 'bench_clip', 'one_thread', 'streamed', 'bench_enhance']
 
-# %% ../../nbs/enhance/bench.ipynb #0a6ad528
+# %% ../../nbs/enhance/bench.ipynb #34df6af2
 import contextlib
 import importlib.util
+import time
 
 import numpy as np
 
 from ..lab.bench import BenchResult, compare, measure_in_turn
 from ..lab.errors import MissingDataError
 
-# %% ../../nbs/enhance/bench.ipynb #fa8f3d16
+# %% ../../nbs/enhance/bench.ipynb #8dab3daa
 TARGET_RTF = 0.1
 
 
@@ -52,13 +53,25 @@ def one_thread():
         torch.set_num_threads(before)
 
 
+def _with_cpu(function):
+    "`function`, and a list that gets the CPU seconds of each call: of use where others keep the cores busy."
+    seconds = []
+
+    def timed():
+        begin = time.process_time()
+        function()
+        seconds.append(time.process_time() - begin)
+
+    return timed, seconds
+
+
 def streamed(enhancer, samples: np.ndarray) -> np.ndarray:
     "Hop by hop, as if live."
     chain, hop = enhancer.chain(16000, len(samples), hop_by_hop=True), enhancer.network.config.hop_length
     pieces = [chain.push(samples[:, k:k + hop]) for k in range(0, samples.shape[1], hop)]
     return np.concatenate([*pieces, chain.finish()], axis=1)
 
-# %% ../../nbs/enhance/bench.ipynb #6ea2b237
+# %% ../../nbs/enhance/bench.ipynb #c4edcf89
 def bench_enhance(quick: bool = False) -> list[BenchResult]:
     """Rows enhance_final, enhance_stream, enhance_int8, enhance_stream_int8: real-time factors, noisereduce's beside.
 
@@ -66,7 +79,8 @@ def bench_enhance(quick: bool = False) -> list[BenchResult]:
     from ssl_kit.enhance.enhancer import Enhancer
     from ssl_kit.enhance.models import n_parameters
 
-    clip, repeats, peer, peer_name = bench_clip(2.0 if quick else 8.0), 2 if quick else 5, None, None
+    clip, repeats = bench_clip(2.0 if quick else 8.0), 2 if quick else 5
+    peer, peer_name, peer_cpu = None, None, []
     seconds = clip.shape[1] / 16000
     if importlib.util.find_spec("noisereduce"):
         from importlib.metadata import version
@@ -75,8 +89,7 @@ def bench_enhance(quick: bool = False) -> list[BenchResult]:
 
         peer_name = f"noisereduce {version('noisereduce')}"
 
-        def peer():
-            return noisereduce.reduce_noise(y=clip[0], sr=16000, n_jobs=1)
+        peer, peer_cpu = _with_cpu(lambda: noisereduce.reduce_noise(y=clip[0], sr=16000, n_jobs=1))
 
     rows = []
     with one_thread():
@@ -99,8 +112,12 @@ def bench_enhance(quick: bool = False) -> list[BenchResult]:
             def run(enhancer=enhancer, stream=stream):
                 return streamed(enhancer, clip) if stream else enhancer.enhance(clip, 16000)
 
+            run, cpu = _with_cpu(run)
             median = measure_in_turn(run, peer, repeats)
             theirs = None if median.peer_value_s is None else median.peer_value_s / seconds
+            detail |= {"cpu_rtf": float(np.median(cpu[1:])) / seconds}   # the first turn is warm-up
+            if peer_cpu:
+                detail |= {"peer_cpu_rtf": float(np.median(peer_cpu[-repeats:])) / seconds}
             rows.append(compare(name, median.value_s / seconds, "s/s", peer_name, theirs, TARGET_RTF, "value",
                                 detail=detail))
     return rows
