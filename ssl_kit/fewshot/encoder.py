@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['VERSIONS', 'EncoderConfig', 'Encoder', 'RecordingMaps', 'recording_maps', 'embed_windows']
 
-# %% ../../nbs/fewshot/encoder.ipynb #3650ef3a
+# %% ../../nbs/fewshot/encoder.ipynb #8e89cb52
+import copy
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..lab.errors import DataError, ParameterError
 
@@ -144,7 +146,7 @@ class Encoder(nn.Module):
         pooled = F.adaptive_avg_pool2d(x, (self.config.pool_time, self.config.pool_bands))
         return self.weigh(pooled, x.mean((2, 3)), x.amax((2, 3)))
 
-# %% ../../nbs/fewshot/encoder.ipynb #d34a417d
+# %% ../../nbs/fewshot/encoder.ipynb #2e4247b8
 _HALO, _BLOCK = 56, 4096  # frames: what a map frame can see on each side, and what is done at once
 
 
@@ -156,11 +158,23 @@ class RecordingMaps:
     n_frames: int
 
 
+def _without_norms(network: Encoder) -> Encoder:
+    "A copy in evaluation mode whose batch norms are part of the convolutions: the same maps, a third sooner."
+    network = copy.deepcopy(network).eval()
+    for block in network.blocks:
+        block.convs = nn.ModuleList(fuse_conv_bn_eval(conv, norm)
+                                    for conv, norm in zip(block.convs, block.norms, strict=True))
+        block.norms = nn.ModuleList(nn.Identity() for _ in block.norms)
+        block.shortcut = fuse_conv_bn_eval(*block.shortcut)
+    return network.to(memory_format=torch.channels_last)
+
+
 @torch.inference_mode()
 def recording_maps(network: Encoder, frames: np.ndarray, precision: torch.dtype | None = None) -> RecordingMaps:
     """Maps of raw frames (frame, n_mels), a block at a time; `precision` bfloat16 is quicker on processors that have it
     (None: as the weights)."""
-    cfg, n_frames = network.config, len(frames)
+    network, n_frames = _without_norms(network), len(frames)
+    cfg = network.config
     padded = -(-max(n_frames, cfg.stride) // cfg.stride) * cfg.stride
     averages, largest = [], []
     for start in range(0, padded, _BLOCK):
