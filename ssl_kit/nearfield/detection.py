@@ -19,7 +19,7 @@ from .sample_covariance import near_field_grid, sensing
 from .scenes import MAX_SOURCES, SceneBatch
 from .steering import steering
 
-# %% ../../nbs/nearfield/detection.ipynb #aa15d66a
+# %% ../../nbs/nearfield/detection.ipynb #2b4f295f
 @dataclass(frozen=True)
 class DetectorConfig:
     "The grid of the scan, and when a source is believed."
@@ -30,8 +30,7 @@ class DetectorConfig:
     n_range: int = 6
     max_sources: int = MAX_SOURCES
     threshold: float = 14.0          # rise of the log likelihood that a source must bring, nats
-    iterations: int = 4              # of Fisher scoring in each round
-    last_iterations: int = 8         # and when all sources are found
+    iterations: int = 8              # of Fisher scoring in each round, at most
     scenes_at_once: int = 32
 
     def __post_init__(self):
@@ -94,7 +93,7 @@ def add_best(fit: Fit, grid_angles: torch.Tensor, gain: torch.Tensor, power: tor
     return fit.changed(angles=torch.cat([fit.angles, grid_angles[best]], 1),
                        log_power=torch.cat([fit.log_power, power.gather(1, best).double().log()], 1))
 
-# %% ../../nbs/nearfield/detection.ipynb #54657ad9
+# %% ../../nbs/nearfield/detection.ipynb #3687e994
 def detect(batch: SceneBatch, config: DetectorConfig | None = None, n_sources: np.ndarray | None = None) -> list[Estimate]:
     "One Estimate per scene. With `n_sources` (scene,) given, so many are taken and the threshold is not asked."
     config = config or DetectorConfig()
@@ -143,7 +142,7 @@ def _detect(batch: SceneBatch, config: DetectorConfig, n_sources, gains: np.ndar
         fit = _scattered(more.rows(keep), active, n_scenes, fit)
     for row in active.tolist():
         finished[row] = fit.rows([row])
-    return _finish(finished, config)
+    return _finish(finished, config, prune=n_sources is None)
 
 
 def _scattered(part: Fit, rows: torch.Tensor, n_scenes: int, whole: Fit) -> Fit:
@@ -156,15 +155,42 @@ def _scattered(part: Fit, rows: torch.Tensor, n_scenes: int, whole: Fit) -> Fit:
                          log_noise=whole.log_noise.index_put((rows,), part.log_noise))
 
 
-def _finish(fits: list[Fit], config: DetectorConfig) -> list[Estimate]:
-    "Last refinement, scenes with the same number of sources together, and evidence."
+def _finish(fits: list[Fit], config: DetectorConfig, prune: bool) -> list[Estimate]:
+    "Scenes with the same number of sources together, most first: sources that are not needed go; then evidence."
     estimates = [Estimate(np.zeros((0, 3)), np.zeros(0)) for _ in fits]
-    for k in sorted({fit.angles.shape[1] for fit in fits} - {0}):
+    for k in range(config.max_sources, 0, -1):
         rows = [row for row, fit in enumerate(fits) if fit.angles.shape[1] == k]
-        together = Fit.stacked([fits[row] for row in rows])
-        together, value = refine(together, config.field_of_view, config.last_iterations)
-        evidence = torch.stack([value - log_likelihood(together.without(j)) for j in range(k)], 1).numpy()
-        for row, sources, worth in zip(rows, together.sources(), evidence, strict=True):
+        if not rows:
+            continue
+        together, value = refine(Fit.stacked([fits[row] for row in rows]), config.field_of_view, config.iterations)
+        stays = torch.ones(len(rows), dtype=torch.bool)
+        if prune and k > 1:
+            fewer, fewer_value = _best_without_one(together, config)
+            stays = value - fewer_value > config.threshold
+            for i in torch.nonzero(~stays)[:, 0].tolist():
+                fits[rows[i]] = fewer.rows([i])
+        kept = together.rows(stays)
+        if not len(kept.y):
+            continue
+        evidence = torch.stack([value[stays] - log_likelihood(kept.without(j)) for j in range(k)], 1).numpy()
+        there = [row for row, stay in zip(rows, stays.tolist(), strict=True) if stay]
+        for row, sources, worth in zip(there, kept.sources(), evidence, strict=True):
             order = np.argsort(sources[:, 2])
             estimates[row] = Estimate(sources[order], worth[order])
     return estimates
+
+
+def _best_without_one(fit: Fit, config: DetectorConfig) -> tuple[Fit, torch.Tensor]:
+    "The best fit of each scene with one source less, whichever it is, and its log p."
+    best, best_value = None, None
+    for j in range(fit.angles.shape[1]):
+        fewer, value = refine(fit.without(j), config.field_of_view, config.iterations)
+        if best is None:
+            best, best_value = fewer, value
+        else:
+            better = value > best_value
+            best = best.changed(angles=torch.where(better[:, None, None], fewer.angles, best.angles),
+                                log_power=torch.where(better[:, None], fewer.log_power, best.log_power),
+                                log_noise=torch.where(better, fewer.log_noise, best.log_noise))
+            best_value = torch.where(better, value, best_value)
+    return best, best_value

@@ -158,7 +158,7 @@ def score_and_information(fit: Fit) -> tuple[torch.Tensor, torch.Tensor, torch.T
     last = cy - (n_antennas - trace).sum(1)
     return value, torch.cat([slope, last[:, None]], 1), information
 
-# %% ../../nbs/nearfield/likelihood.ipynb #d1ca2413
+# %% ../../nbs/nearfield/likelihood.ipynb #a0577e0f
 def _moved(fit: Fit, step: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> Fit:
     k = fit.angles.shape[1]
     turns = step[:, :3 * k].reshape(-1, 3, k).mT
@@ -168,8 +168,12 @@ def _moved(fit: Fit, step: torch.Tensor, low: torch.Tensor, high: torch.Tensor) 
     return fit.changed(angles=angles, log_power=power, log_noise=(fit.log_noise + step[:, -1].clamp(-2, 2)).clamp(-30, 5))
 
 
-def refine(fit: Fit, field_of_view: FieldOfView, iterations: int = 6) -> tuple[Fit, torch.Tensor]:
-    "The fit after Fisher scoring of all its parameters, and its log p (scene,); never worse than before."
+def refine(fit: Fit, field_of_view: FieldOfView, iterations: int = 8,
+           tolerance: float = 0.02) -> tuple[Fit, torch.Tensor]:
+    """The fit after Fisher scoring of all its parameters, and its log p (scene,); never worse than before.
+
+    Ends early when no scene's log p changes by `tolerance` any more.
+    """
     low, high = (torch.from_numpy(edge.copy()) for edge in (field_of_view.low, field_of_view.high))
     low[2], high[2] = 1 / field_of_view.far_m, 1 / field_of_view.near_m
     damping = torch.full((len(fit.y),), 1e-2, dtype=torch.float64)
@@ -187,5 +191,8 @@ def refine(fit: Fit, field_of_view: FieldOfView, iterations: int = 6) -> tuple[F
                           log_noise=torch.where(better, moved.log_noise, fit.log_noise))
         slope = torch.where(better[:, None], new_slope, slope)
         information = torch.where(better[:, None, None], new_information, information)
+        settled = bool(((new_value - value).abs() < tolerance).all())
         value = torch.where(better, new_value, value)
+        if settled:
+            break
     return fit, value
