@@ -61,10 +61,9 @@ def before_after_figure(before: np.ndarray, after: np.ndarray, duration_s: float
     loudest = max(before.max(), after.max(), 1e-20)
     colours = {"text.color": _TEXT_COLOUR, "axes.labelcolor": _TEXT_COLOUR, "axes.edgecolor": _TEXT_COLOUR,
                "xtick.color": _TEXT_COLOUR, "ytick.color": _TEXT_COLOUR, "figure.facecolor": "none",
-               "savefig.facecolor": "none", "axes.grid": False, "font.size": 9, "axes.labelsize": 9,
-               "xtick.labelsize": 9, "ytick.labelsize": 9, "axes.titlesize": 9}
+               "savefig.facecolor": "none", "axes.grid": False, "xtick.labelsize": 8, "ytick.labelsize": 8}
     with plt.rc_context(colours):
-        figure, axes = plt.subplots(2, 1, figsize=(5.2, 3.9), sharex=True)
+        figure, axes = plt.subplots(2, 1, figsize=(4.4, 3.5), sharex=True)
         for ax, power, title in zip(axes, (before, after), ("before", "after"), strict=True):
             level = np.round(10 * np.log10(np.maximum(power / loudest, 1e-12)) / 2) * 2
             image = ax.imshow(level, origin="lower", aspect="auto", interpolation="none", cmap="magma",
@@ -114,7 +113,8 @@ def measures_html(answer: Enhanced) -> str:
         cells = [form.format(value) if np.isfinite(value) else "∞" if value == np.inf else "–" for value in values]
         change = values[1] - values[0]
         cells.append(form.replace(":", ":+").format(change) if np.isfinite(change) else "–")
-        rows += f"<tr><td>{name} <small>{unit}</small></td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        cells = "".join(f"<td>{cell.replace('-', '−')}</td>" for cell in cells)
+        rows += f"<tr><td>{name} <small>{unit}</small></td>{cells}</tr>"
     reasons = [answer.measures[when]["reason"] for when in ("before", "after") if answer.measures[when]["reason"]]
     notes = "".join(f"<p><small>{escape(reason)}</small></p>" for reason in dict.fromkeys(reasons))
     if answer.info.duration_s > MEASURED_S:
@@ -143,10 +143,11 @@ def answer_html(answer: Enhanced) -> str:
 
 # %% ../../nbs/apps/demo_page.ipynb #a94de22a
 DEMO_CSS = """
-.ssl-figure svg { width: 100%; height: auto; max-width: 720px; display: block; margin: 0 auto; }
+.ssl-figure svg { width: 100%; height: auto; max-width: 620px; display: block; margin: 0 auto; }
 .ssl-page h3 { margin: 0 0 4px 0; } .ssl-page .ssl-error { margin-top: 8px; }
 #measures td + td, #measures th + th { text-align: right !important; font-variant-numeric: tabular-nums; }
 """
+_HINT = "<div class='ssl-page'><p>Choose or record something and have it enhanced, or take the example.</p></div>"
 _WAITING = 8                                # requests in the queue
 
 
@@ -179,14 +180,14 @@ def build_demo_page(service: DemoService, example: tuple | None = None) -> "grad
                                      editable=False, elem_id="recording", buttons=[])
                 models = gr.Radio([(label_of_model(name), name) for name in names], value=names[0], label="network",
                                   elem_id="model")
-                strength = gr.Slider(0, 1, value=1, step=0.05, label="strength: 0 leaves the recording as it is",
-                                     elem_id="strength")
-                reference = gr.File(label="clean reference, if there is one: measures are shown", elem_id="reference",
-                                    height=120, type="filepath")
+                strength = gr.Slider(0, 1, value=1, step=0.05, label="strength", elem_id="strength",
+                                     info="0 leaves the recording as it is, 1 is all that the network does")
+                reference = gr.File(label="clean reference, to measure with", elem_id="reference", height=160,
+                                    type="filepath")
                 ask = gr.Button("Enhance", variant="primary", elem_id="ask")
                 take = gr.Button("Take the example", elem_id="example", visible=example is not None)
             with gr.Column(scale=3, min_width=320):
-                text = gr.HTML(elem_id="text")
+                text = gr.HTML(_HINT, elem_id="text")
                 before = gr.Audio(label="before", interactive=False, elem_id="before", buttons=[])
                 after = gr.Audio(label="after", interactive=False, elem_id="after", buttons=[])
                 download = gr.DownloadButton("Download", visible=False, elem_id="download")
