@@ -1,4 +1,4 @@
-"""Kaggle folders: built, run in a simulated Kaggle, resumed, pulled; hostile parameters, broken inputs, fake `kaggle`."""
+"""Kaggle folders: built, run in a simulated Kaggle, resumed, pulled; hostile parameters, broken inputs, no network."""
 
 import ast
 import errno
@@ -187,8 +187,7 @@ def test_a_damaged_previous_output_is_refused_by_name(on_kaggle, spoil, complain
         begin(on_kaggle, "toy")
     # an intact version beside it is taken instead
     intact = on_kaggle / "input" / "a-version" / "runs" / "toy" / session.target.run_id
-    shutil.copytree(session.target.folder if session.target.folder.exists() else next(attached.rglob("artifacts")).parent,
-                    intact)
+    shutil.copytree(next(attached.rglob("artifacts")).parent, intact)
     write_json(intact / "artifacts" / "state.json", {"step": 1})
     seal_run(intact)
     assert begin(on_kaggle, "toy").target.run.state == "finished"
@@ -257,7 +256,6 @@ def test_t4_trains_in_fp16_and_both_gpus_are_recorded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda k=0: (7, 5))
     facts = kaggle_session.machine_facts("cuda")
     assert facts["precision"] == "16-mixed" and [gpu["capability"] for gpu in facts["gpus"]] == ["7.5", "7.5"]
-    assert kaggle_session.gpu_count() == 2
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda k=0: (8, 0))
     assert kaggle_session.machine_facts("cuda")["precision"] == "bf16-mixed"
 
@@ -383,7 +381,7 @@ def test_two_builds_at_once_wait_for_each_other(chain, tmp_path, monkeypatch):
 
 
 def test_a_build_that_fails_keeps_the_one_before_and_a_strange_folder_is_left_alone(chain, tmp_path, monkeypatch):
-    monkeypatch.setattr(kaggle, "kit_wheel", lambda folder: Path(shutil.copyfile(__file__, folder / "k-1-py3-none-any.whl")))
+    monkeypatch.setattr(kaggle, "kit_wheel", lambda folder: Path(shutil.copyfile(__file__, folder / "k.whl")))
     quick_build(chain, tmp_path / "above")
     before = tree(tmp_path / "above")
     real = shutil.copyfile
@@ -518,7 +516,9 @@ def test_a_known_data_set_gets_a_version(fake, chain):
 
 
 def test_an_error_that_ends_with_exit_code_0_is_an_error(fake, chain, capsys):
-    fake(datasets_status="ready", kernels_push="Kernel push error: Maximum weekly GPU quota reached")
+    said = "Starting upload for file error_vs_geometry.ipynb"  # no error, that is what a stage is called
+    fake(datasets_status="ready", datasets_version=said,
+         kernels_push="Kernel push error: Maximum weekly GPU quota reached")
     assert main(["kaggle", "push", "above", "--out", str(chain / "above")]) == 1
     assert "Maximum weekly GPU quota" in capsys.readouterr().err
 
@@ -533,6 +533,10 @@ def test_pull_brings_the_runs_home_once(fake, chain, ran, tmp_path, capsys):
     assert main(["show", "above"]) == 0 and "twice" in capsys.readouterr().out
     fake(kernels_status='someone/ssl-kit-above has status "KernelWorkerStatus.RUNNING"', output=str(output))
     assert main(pull) == 1 and "RUNNING" in capsys.readouterr().err
+    fake(kernels_status='someone/ssl-kit-above has status "KernelWorkerStatus.ERROR"', output=str(output))
+    assert main(pull) == 1 and capsys.readouterr().out.count("(was here)") == 2
+    fake(kernels_status="403 - Forbidden - Permission 'kernels.get' was denied", output=str(output))
+    assert main(pull) == 1 and "was it pushed?" in capsys.readouterr().err
 
 
 def test_a_truncated_download_is_not_brought_home(ran, tmp_path, monkeypatch, capsys):
@@ -602,4 +606,5 @@ def test_enhance_oracles_runs_in_a_clean_environment(tmp_path):
     text = run_notebook(built, root, tmp_path / "scratch", clean, ["import ssl_kit, pesq; print(pesq.__file__)"])
     assert "pesq-0.0.4" in text and str(tmp_path / "scratch" / "tmp") in text.splitlines()[-1]
     run = Run(next((root / "working" / "runs" / "enhance_oracles").iterdir()))
-    assert run.state == "finished" and len(run.headline) == 7 and (run.folder / "figures" / "oracles_phase.png").is_file()
+    assert run.state == "finished" and len(run.headline) == 7
+    assert (run.folder / "figures" / "oracles_phase.png").is_file()

@@ -9,7 +9,6 @@ __all__ = ['MAX_SECONDS', 'MAX_MEGABYTES', 'SAMPLE_RATE', 'EXAMPLE_ARRAYS', 'rea
 
 # %% ../../nbs/apps/route_page.ipynb #4c6ad656
 import argparse
-import os
 import re
 from html import escape
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from .explain import Explanation, example_recording, explain_recording, polar_figure
 from .page_policy import NETWORKS
+from .serving import add_serving_arguments, error_html, load_gradio, named_as_uploaded, page_folder, serve_page
 from ..arrays.geometry import ArrayGeometry, list_arrays, load_geometry
 from ..lab.audio import audio_info, write_audio
 from ..lab.errors import DataError, MissingDataError, ParameterError, SslKitError
@@ -40,15 +40,13 @@ def read_upload(path, geometry: ArrayGeometry, max_seconds: float = MAX_SECONDS)
         raise MissingDataError("no recording: choose a WAV file with a channel for each microphone, or try an "
                                "example")
     path = Path(path)
-    try:
+    with named_as_uploaded(path):
         info = audio_info(path)
         if info.duration_s > max_seconds:
             raise DataError(f"{path}: expected at most {max_seconds:g} s, found {info.duration_s:.1f} s; cut out the "
                             "part that you want to hear about, or use ssl-kit localize")
         geometry.channels_in(info.channels, str(path))
         return read_for_array(path, geometry, SAMPLE_RATE)
-    except SslKitError as error:
-        raise type(error)(str(error).replace(str(path), path.name)) from error
 
 # %% ../../nbs/apps/route_page.ipynb #128ca0e2
 def geometry_of(name: str | None) -> ArrayGeometry:
@@ -109,7 +107,7 @@ def answer_upload(path, array: str, network: str,
         samples = read_upload(path, geometry)
         explanation = explain_recording(samples, geometry, SAMPLE_RATE, network, truth_deg=truth_of(truth))
     except SslKitError as error:
-        return None, f"<div class='ssl-page ssl-error'><h2>Not possible</h2><p>{escape(str(error))}</p></div>", ""
+        return None, error_html(error), ""
     return picture_of(explanation), explanation_html(explanation), player_html(samples, SAMPLE_RATE)
 
 
@@ -139,33 +137,15 @@ def example_file(number: int, array: str, folder) -> tuple[str, str]:
 
 # %% ../../nbs/apps/route_page.ipynb #373de278
 _CSS = """
-.ssl-page h2 { margin: 0 0 4px 0; } .ssl-page p, .ssl-page li { line-height: 1.4; }
-.ssl-page table { border-collapse: collapse; margin: 10px 0; width: 100%; border: none !important; }
-.ssl-page td, .ssl-page th { padding: 3px 12px 3px 0 !important; text-align: left !important; line-height: 1.25;
-  border: none !important; border-bottom: 1px solid #8884 !important; }
-.ssl-page tr { border: none !important; } .ssl-page small { color: #8a8a8a; }
 .ssl-page .ssl-decides td { font-weight: 600; }
 .ssl-bar { display: inline-block; width: 90px; height: 9px; background: #8883; vertical-align: middle; }
 .ssl-bar span { display: block; height: 100%; background: #D55E00; }
-.ssl-error { border-left: 4px solid #D55E00; padding-left: 12px; }
-footer { display: none !important; }
 """
-
-
-def _gradio():
-    "gradio without its reports to others, or MissingDataError that says how to get it."
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        import gradio
-    except ImportError as error:
-        raise MissingDataError("the page needs gradio, which is not installed: pip install 'ssl-kit[page]', or "
-                               "pip install 'gradio>=6,<7'") from error
-    return gradio
 
 
 def build_page(folder, array: str = EXAMPLE_ARRAYS[0], network: str = NETWORKS[0]) -> "gradio.Blocks":
     "The page; examples are written below `folder`. MissingDataError without gradio."
-    gr = _gradio()
+    gr = load_gradio()
     with gr.Blocks(title="Whom to trust", analytics_enabled=False, delete_cache=(600, 3600),
                    fill_width=True) as page:
         gr.Markdown("# Whom to trust about a recording\nA network and SRP-PHAT each say where the talker is. Scores "
@@ -205,36 +185,17 @@ def build_page(folder, array: str = EXAMPLE_ARRAYS[0], network: str = NETWORKS[0
 # %% ../../nbs/apps/route_page.ipynb #34e1532f
 def add_page_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of `ssl-kit page`."
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
-                        help="address to listen on (%(default)s: this machine alone)")
-    parser.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen on (%(default)s)")
+    add_serving_arguments(parser)
     parser.add_argument("--array", default=EXAMPLE_ARRAYS[0], metavar="NAME",
                         help="array chosen at first (%(default)s)")
     parser.add_argument("--network", default=NETWORKS[0], choices=NETWORKS,
                         help="network chosen at first (%(default)s)")
-    parser.add_argument("--open", action="store_true", help="open the page in a browser")
     parser.epilog = "example:\n  ssl-kit page --array respeaker --open"
 
 
 def run_page(args: argparse.Namespace) -> int:
     "Serve the page until Ctrl-C; ParameterError for an unknown array or a taken port."
-    import tempfile
-
     geometry_of(args.array)
-    gr = _gradio()
-    with tempfile.TemporaryDirectory() as folder:
-        page = build_page(folder, args.array, args.network)
-        if args.host not in ("127.0.0.1", "localhost", "::1"):
-            print(f"note: {args.host} can be reached by others; whoever reaches it can use this machine's time")
-        try:
-            page.launch(server_name=args.host, server_port=args.port, inbrowser=args.open, share=False, quiet=True,
-                        prevent_thread_lock=True, max_file_size=f"{MAX_MEGABYTES}mb", allowed_paths=[folder],
-                        ssr_mode=False, css=_CSS, footer_links=[], enable_monitoring=False,
-                        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))
-        except OSError as error:
-            raise ParameterError(f"--port {args.port}: cannot listen on {args.host}:{args.port} ({error}); choose "
-                                 "another port") from error
-        print(f"page: http://{args.host}:{args.port}   (Ctrl-C stops it)", flush=True)
-        page.block_thread()
+    with page_folder() as folder:
+        serve_page(build_page(folder, args.array, args.network), args, MAX_MEGABYTES, _CSS)
     return 0

@@ -83,7 +83,7 @@ def _facts(about: dict, kind: str, size_bytes: int) -> list[tuple[str, str]]:
     mixed = (f"; mixed on the fly at -5 to 20 dB, low ratios more often (skew {about['snr_skew']:g})"
              if about.get("snr_skew", 1) != 1 else "; mixed on the fly at -5 to 20 dB" if data else "")
     weights = ", ".join(f"{name.removesuffix('_weight').replace('_', '-')} {about[name]:g}"
-                        for name in ("si_snr_weight", "perceptual_weight") if name in about)
+                        for name in ("si_snr_weight", "perceptual_weight", "intelligibility_weight") if name in about)
     return [("network", ABOUT_KINDS[kind][1]),
             ("size", f"{about.get('parameters', 0):,} parameters, {size_bytes / 1e6:.1f} MB"),
             ("trained on", data + mixed), ("steps", steps), ("earlier", about.get("earlier", "")), ("loss", weights),

@@ -52,7 +52,7 @@ def checkpoint_folder(model: str | os.PathLike) -> Path:
         return shipped_checkpoint(str(model))
     return folder / "checkpoint" if (folder / "checkpoint" / "config.json").is_file() else folder
 
-# %% ../../nbs/enhance/enhancer.ipynb #85300ee5
+# %% ../../nbs/enhance/enhancer.ipynb #48e6ba73
 _BLOCK_S = 4.0                              # of sound that is read at once, beside a window
 _WINDOW_S = {"dpt": 4.0}                    # attention over more frames would fill the memory
 _USUAL_WINDOW_S = 8.0
@@ -84,7 +84,8 @@ class Enhancer:
         if self.causal:
             inner = StreamedPass(self.network, channels, 1 if hop_by_hop else 64000)
         else:
-            inner = WindowedPass(self._whole, channels, round(self.window_s * NETWORK_RATE_HZ))
+            inner = WindowedPass(self._whole, channels, round(self.window_s * NETWORK_RATE_HZ),
+                                 grid=self.network.config.hop_length)
         return EnhancementChain(inner, sample_rate, channels, strength)
 
     def check_stream(self, stream: bool = True) -> None:

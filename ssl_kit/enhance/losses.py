@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .intelligibility import intelligibility
 from .perceptual import perceptual_disturbance
 from .spectra import compressed, spectrum_of
 from ..lab.errors import ParameterError
@@ -77,17 +78,20 @@ class LossConfig:
     si_snr_weight: float = 0.02         # per dB
     ceiling_db: float = 30.0
     perceptual_weight: float = 0.0      # of PESQ's disturbance, see `enhance.perceptual`
+    intelligibility_weight: float = 0.0  # of one minus about STOI, see `enhance.intelligibility`
 
 
 def enhancement_loss(estimate: torch.Tensor, clean: torch.Tensor, config: LossConfig | None = None) -> torch.Tensor:
-    """Multi-resolution compressed spectra minus SI-SNR, and PESQ's disturbance if it has a weight, on clips whose clean
-    part is brought to an RMS of 0.05."""
+    """Multi-resolution compressed spectra minus SI-SNR, and what imitates PESQ and STOI where it has a weight, on clips
+    whose clean part is brought to an RMS of 0.05."""
     config = config or LossConfig()
     gain = 0.05 / (clean.float().square().mean(-1, keepdim=True) + 1e-8).sqrt()
     estimate, clean = estimate.float() * gain, clean.float() * gain
     spectra = multi_resolution_loss(estimate, clean, config.n_ffts, config.weights, config.exponent,
                                     config.magnitude_share)
     loss = config.spectrum_weight * spectra - config.si_snr_weight * si_snr(estimate, clean, config.ceiling_db).mean()
-    if config.perceptual_weight == 0:
-        return loss
-    return loss + config.perceptual_weight * perceptual_disturbance(estimate, clean).mean()
+    if config.perceptual_weight:
+        loss = loss + config.perceptual_weight * perceptual_disturbance(estimate, clean).mean()
+    if config.intelligibility_weight:
+        loss = loss + config.intelligibility_weight * (1 - intelligibility(estimate, clean)).mean()
+    return loss

@@ -31,6 +31,7 @@ class EnhanceRecipe:
     dropout: float | None = None    # of the transformers; None: that of their configuration
     si_snr_weight: float = 0.02     # see `LossConfig`
     perceptual_weight: float = 0.0
+    intelligibility_weight: float = 0.0
     learning_rate: float = 1e-3
     warmup_steps: int = 500
     schedule: str = "trapezoid"
@@ -45,7 +46,7 @@ RECIPES = {
     "dpt": EnhanceRecipe("dpt", learning_rate=5e-4, warmup_steps=1500, schedule="plateau", stop_epochs=10),
     "final-small": EnhanceRecipe("final", "small", learning_rate=2e-3),
     "final-medium": EnhanceRecipe("final", "medium", clip_s=2.0, snr_skew=1.5, si_snr_weight=0.05,
-                                  perceptual_weight=0.25, learning_rate=2e-3),
+                                  perceptual_weight=0.25, intelligibility_weight=2.0, learning_rate=2e-3),
     "final-large": EnhanceRecipe("final", "large", steps=60000, batch_size=16),
 }
 
@@ -56,7 +57,8 @@ def make_task(recipe: EnhanceRecipe):
     from ssl_kit.enhance.models import network_class
     from ssl_kit.enhance.training import EnhanceTask
 
-    loss = LossConfig(si_snr_weight=recipe.si_snr_weight, perceptual_weight=recipe.perceptual_weight)
+    loss = LossConfig(si_snr_weight=recipe.si_snr_weight, perceptual_weight=recipe.perceptual_weight,
+                      intelligibility_weight=recipe.intelligibility_weight)
     if recipe.kind != "final":
         return EnhanceTask(recipe.kind, network_class(recipe.kind).config_class(
             **({} if recipe.dropout is None else {"dropout": recipe.dropout})), loss)
@@ -93,7 +95,8 @@ _EXAMPLE = """examples:
   ssl-kit train-enhance final-large my_model --speech librispeech --device cuda --mix device --batch-size 64"""
 _NUMBERS = {"steps": int, "epoch_steps": int, "batch_size": int, "clip_s": float, "learning_rate": float,
             "warmup_steps": int, "snr_skew": float, "dropout": float,
-            "si_snr_weight": float, "perceptual_weight": float, "seed": int}
+            "si_snr_weight": float, "perceptual_weight": float,
+            "intelligibility_weight": float, "seed": int}
 
 
 def add_train_enhance_arguments(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +192,8 @@ def run_train_enhance(args: argparse.Namespace) -> int:
     about = {"recipe": args.recipe, "speech": args.speech, "speeds": list(speeds), "steps": shown["step"],
              "of": recipe.steps, "batch_size": recipe.batch_size, "clip_s": recipe.clip_s,
              "learning_rate": recipe.learning_rate, "snr_skew": recipe.snr_skew,
-             "si_snr_weight": recipe.si_snr_weight, "perceptual_weight": recipe.perceptual_weight, "seed": recipe.seed,
+             "si_snr_weight": recipe.si_snr_weight, "perceptual_weight": recipe.perceptual_weight,
+             "intelligibility_weight": recipe.intelligibility_weight, "seed": recipe.seed,
              "parameters": n_parameters(network),
              "seconds": sum(row["seconds"] for row in history), "device": device,
              "hardware": hardware(), "command": training_command(args, recipe),

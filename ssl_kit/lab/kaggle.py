@@ -124,7 +124,7 @@ def dataset_metadata(stage: str, options: KaggleOptions) -> dict:
             "description": f"ssl_kit {code_version()['text']} (MIT licence) with the stage {stage} and what it needs.",
             "licenses": [{"name": "other"}]}
 
-# %% ../../nbs/lab/kaggle.ipynb #5c0a28bf
+# %% ../../nbs/lab/kaggle.ipynb #321c891c
 _NOTE = """> Built by `ssl-kit kaggle build {stage}` from ssl_kit {version}, profile `{profile}`. The first cell installs the kit
 > from the attached data set; no internet is used. Results are in the output, `runs/{stage}`; `ssl-kit kaggle pull {stage}`
 > brings them home."""
@@ -137,7 +137,7 @@ def _begin_source(stage: Stage, values: Mapping[str, Any], needs: Mapping[str, M
     def text(value: Any) -> str:
         return pprint.pformat(value, width=110, sort_dicts=False).replace("\n", "\n    ")
 
-    return (f"from ssl_kit.lab.kaggle_session import begin\n\nsession = begin(\n    {stage.name!r}, {{{names}}}, kit=KIT,\n"
+    return (f"from ssl_kit.lab.kaggle_session import begin\n\n_on_kaggle = begin(\n    {stage.name!r}, {{{names}}}, kit=_KIT,\n"
             f"    built={text(dict(values))},\n    needs={text({k: dict(v) for k, v in needs.items() if v})},\n"
             f"    profile={options.profile!r}, device={'cpu' if options.machine == 'cpu' else 'auto'!r}, "
             f"time_limit_s={options.time_limit_s!r})")
@@ -153,14 +153,14 @@ def kaggle_notebook(stage: Stage, values: Mapping[str, Any], needs: Mapping[str,
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     added = {"note": ("markdown", _NOTE.format(stage=stage.name, version=code_version()["text"], profile=options.profile)),
              "setup": ("code", setup_source(build)), "begin": ("code", _begin_source(stage, values, needs, options)),
-             "finish": ("code", "session.finish()\nNone")}
+             "finish": ("code", "_run = _on_kaggle.finish()")}
     made = {name: {"cell_type": kind, "id": f"kaggle-{name}", "metadata": {}, "source": source}
             | ({"outputs": [], "execution_count": None} if kind == "code" else {})
             for name, (kind, source) in added.items()}
     cells = []
     for cell in notebook.cells:
         if cell.cell_type != "raw":
-            cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+            cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags" and value}
             cells.append(dict(cell) | ({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {}))
             if "injected-parameters" in cell.metadata.get("tags", []):
                 cells.append(made["begin"])

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['KaggleFailure', 'kaggle_cli', 'push_folder', 'pull_output', 'add_kaggle_arguments', 'run_kaggle']
 
-# %% ../../nbs/lab/kaggle_command.ipynb #091cd57d
+# %% ../../nbs/lab/kaggle_command.ipynb #543ee680
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -17,14 +18,15 @@ from pathlib import Path
 
 from .errors import MissingDataError, ParameterError, SslKitError
 
-# %% ../../nbs/lab/kaggle_command.ipynb #7a0d199c
+# %% ../../nbs/lab/kaggle_command.ipynb #7ab11697
 class KaggleFailure(SslKitError):
     "Kaggle, or its command, refused something; the message has its words."
 
     exit_code = 1
 
 
-_REFUSALS = ("error", "traceback", "403 -", "404 -", "401 -", "permission", "not valid", "cannot access")
+_REFUSAL = re.compile(r"error:|(client|server) error|^traceback|\b40[0134] - |permission .*denied|are not valid|"
+                      r"cannot access|unauthorized", re.IGNORECASE | re.MULTILINE)
 
 
 def kaggle_cli(*arguments: str, check: bool = True) -> str:
@@ -39,7 +41,7 @@ def kaggle_cli(*arguments: str, check: bool = True) -> str:
                                "the folders by hand, and give a downloaded output to `ssl-kit kaggle pull --from FOLDER`")
     done = subprocess.run([program, *arguments], capture_output=True, text=True)
     text = (done.stdout + done.stderr).strip()
-    if check and (done.returncode or any(word in text.lower() for word in _REFUSALS)):
+    if check and (done.returncode or _REFUSAL.search(text)):
         raise KaggleFailure(f"kaggle {' '.join(arguments[:2])} failed: {text or f'exit code {done.returncode}'}")
     return text
 
@@ -63,11 +65,15 @@ def push_folder(folder: Path, wait_s: float = 900.0, pause_s: float = 10.0) -> d
     said = kaggle_cli("kernels", "push", "-p", str(folder / "notebook"))
     return {"kernel": built["kernel"]["id"], "dataset": dataset, "said": said}
 
-# %% ../../nbs/lab/kaggle_command.ipynb #ebfbec04
+# %% ../../nbs/lab/kaggle_command.ipynb #5419bfa3
 def pull_output(kernel: str, folder: Path) -> str:
-    "Download the output of a notebook into `folder`; returns its status. KaggleFailure while it is still running."
-    status = kaggle_cli("kernels", "status", kernel)
-    if any(word in status.lower() for word in ("running", "queued")):
+    """Download the output of a notebook into `folder`; returns its status, which may be that of a failure.
+
+    Raises KaggleFailure while it is still running, and when Kaggle knows no such notebook."""
+    status = kaggle_cli("kernels", "status", kernel, check=False)
+    if "has status" not in status:
+        raise KaggleFailure(f"notebook {kernel}: Kaggle does not say how it stands: {status or 'nothing'}; was it pushed?")
+    if re.search("running|queued|new_script", status, re.IGNORECASE):
         raise KaggleFailure(f"{status}; its output is there when it has ended")
     kaggle_cli("kernels", "output", kernel, "-p", str(folder))
     return status
@@ -121,7 +127,7 @@ def add_kaggle_arguments(parser: argparse.ArgumentParser) -> None:
     pull.add_argument("--from", dest="source", metavar="FOLDER", help="an output that was downloaded by hand")
     pull.add_argument("--force", action="store_true", help="replace runs that are finished here")
 
-# %% ../../nbs/lab/kaggle_command.ipynb #3558e44b
+# %% ../../nbs/lab/kaggle_command.ipynb #c81315c1
 def _folder(args) -> Path:
     return Path(args.out or Path("kaggle") / args.stage).expanduser().resolve()
 
@@ -148,7 +154,7 @@ def _data_wanted(args) -> list[str]:
                    for folder in stage.data_folders(stage.resolve(args.profile, given[name]))})
 
 
-def _build(args) -> tuple[dict, list[str]]:
+def _build(args) -> tuple[dict, list[str], int]:
     from ssl_kit.lab.kaggle import KaggleOptions, build_folder, read_build
     from ssl_kit.lab.study import say
 
@@ -165,15 +171,15 @@ def _build(args) -> tuple[dict, list[str]]:
     if wanted and not args.data:
         lines.append(f"the stage reads {', '.join(wanted)} of the data root: attach a data set that holds these folders, "
                      "--data OWNER/DATASET")
-    return built, [*lines, f"next: ssl-kit kaggle push {args.stage}"]
+    return built, [*lines, f"next: ssl-kit kaggle push {args.stage}"], 0
 
 
-def _push(args) -> tuple[dict, list[str]]:
+def _push(args) -> tuple[dict, list[str], int]:
     pushed = push_folder(_built(args))
-    return pushed, [pushed["said"], f"when it has ended: ssl-kit kaggle pull {args.stage}"]
+    return pushed, [pushed["said"], f"when it has ended: ssl-kit kaggle pull {args.stage}"], 0
 
 
-def _pull(args) -> tuple[dict, list[str]]:
+def _pull(args) -> tuple[dict, list[str], int]:
     from ssl_kit.lab.context import runs_folder
     from ssl_kit.lab.index import indexed_runs
     from ssl_kit.lab.kaggle import read_build
@@ -187,17 +193,21 @@ def _pull(args) -> tuple[dict, list[str]]:
         else:
             source = Path(temporary)
             status = pull_output(read_build(_built(args))["kernel"]["id"], source)
-        rows = bring_home(source, runs_folder(), args.force)
+        try:
+            rows = bring_home(source, runs_folder(), args.force)
+        except MissingDataError as error:
+            raise MissingDataError(f"{status}. {error}") from error
     indexed_runs()
     lines = [status, *(f"{row['stage']}/{row['run_id']}  {row['state']}  ({row['outcome']})" for row in rows)]
     if any(row["stage"] == args.stage and row["state"] == "paused" for row in rows):
         lines.append(f"not done in the time that it had: build with --resume and push again (ssl-kit kaggle build "
                      f"{args.stage} … --resume)")
-    return {"status": status, "runs": rows}, lines
+    failed = re.search("error|cancel", status, re.IGNORECASE) is not None
+    return {"status": status, "runs": rows}, lines, int(failed)
 
 
 def run_kaggle(args: argparse.Namespace) -> int:
-    "Carry out one action and print what came of it."
-    row, lines = {"build": _build, "push": _push, "pull": _pull}[args.kaggle_action](args)
+    "Carry out one action and print what came of it; 1 when the notebook that was pulled had failed."
+    row, lines, code = {"build": _build, "push": _push, "pull": _pull}[args.kaggle_action](args)
     print(json.dumps(row, indent=1, ensure_ascii=False) if args.json else "\n".join(lines))
-    return 0
+    return code

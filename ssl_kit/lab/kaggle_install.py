@@ -86,7 +86,7 @@ def install_kit(build: str, top: Path | None = None) -> Path:
     print(f"ssl_kit {kit['code']} from {folder}; installed: {', '.join(Path(wheel).name for wheel in wheels)}")
     return folder
 
-# %% ../../nbs/lab/kaggle_install.ipynb #7a675213
+# %% ../../nbs/lab/kaggle_install.ipynb #d0760e74
 def setup_source(build: str) -> str:
     "The first code cell of a Kaggle notebook: installs the kit of `build`."
     import inspect
@@ -94,5 +94,5 @@ def setup_source(build: str) -> str:
     names = ("hashlib", "importlib.metadata", "importlib.util", "json", "os", "re", "subprocess", "sys", "tempfile")
     parts = ["\n".join(f"import {name}" for name in names) + "\nfrom pathlib import Path", f"LISTING = {LISTING!r}",
              *(inspect.getsource(part).strip() for part in (find_kit, check_kit, wanted_wheels, install_kit)),
-             f"KIT = install_kit({build!r})"]
+             f"_KIT = install_kit({build!r})"]
     return "\n\n\n".join(parts)
