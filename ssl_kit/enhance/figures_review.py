@@ -121,7 +121,8 @@ def collapse_figure(masks: Mapping[str, object], frame_s: float, sample_rate: in
 # %% ../../nbs/enhance/figures_review.ipynb #974843f1
 def phase_errors(estimate, clean, edges_deg: np.ndarray) -> np.ndarray:
     "Share of clean power per degree (edge - 1,) by phase difference of (sample,) signals, -180 to 180 degrees."
-    found, wanted = (stft(np.asarray(part, np.float32), 512, 128) for part in (estimate, clean))
+    # the lowest and the highest bin have a sign and no phase
+    found, wanted = (stft(np.asarray(part, np.float32), 512, 128)[1:-1] for part in (estimate, clean))
     angle = np.rad2deg(np.angle(found * wanted.conj()))
     power = np.histogram(angle, edges_deg, weights=np.abs(wanted) ** 2)[0]
     return power / max(power.sum(), 1e-20) / np.diff(edges_deg)
