@@ -149,7 +149,7 @@ def _series(ax, history: "pd.DataFrame", names: Mapping[str, str], marker_below:
 
 @figure_style()
 def training_figure(history: "Sequence[Mapping] | pd.DataFrame", width: str | float = "text"):
-    "Curves of a history of `train_network` (a row an epoch): loss, validation measures and mask, as far as it has them."
+    "Curves of a history of `train_network` (a row an epoch): loss, validation measures and mask, if it has them."
     import pandas as pd
 
     history = pd.DataFrame(history)

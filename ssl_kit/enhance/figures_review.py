@@ -42,8 +42,8 @@ def review_figure(review: "pd.DataFrame", metrics: Sequence[str] = ("pesq", "sto
             seen = rows[metric].where(~below)
             ax.plot(seen, place, marker=style["marker"], linestyle="none", color=style["color"], markersize=4,
                     label=test_set)
-            ax.hlines(place[~below], rows[f"{metric}_low"][~below], rows[f"{metric}_high"][~below], color=style["color"],
-                      linewidth=1.2)
+            ax.hlines(place[~below], *(rows[f"{metric}_{end}"][~below] for end in ("low", "high")), linewidth=1.2,
+                      color=style["color"])
             for y, value in zip(place[below], rows[metric][below], strict=True):
                 ax.plot(floor_db, y, marker="<", color=style["color"], markersize=4)
                 ax.annotate(f"{value:.1f}", (floor_db, y), (5, 0), textcoords="offset points", fontsize=6, va="center")

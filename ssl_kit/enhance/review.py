@@ -60,7 +60,8 @@ def join_tables(tables: "Iterable[pd.DataFrame]") -> "pd.DataFrame":
             numbers = [name for name in METRIC_LABELS if name in part]
             if len(part) != len(first) or not np.allclose(part[numbers], first[numbers], rtol=1e-6, atol=1e-6,
                                                           equal_nan=True):
-                raise DataError(f"{key[1]} on {key[0]}: expected the same numbers wherever it was measured, found others")
+                raise DataError(f"{key[1]} on {key[0]}: expected the same numbers wherever it was measured, found "
+                                "others")
     mixtures: dict[str, pd.DataFrame] = {}
     for (test_set, system), part in kept.items():
         if not part[_MIXTURE].equals(mixtures.setdefault(test_set, part[_MIXTURE])):

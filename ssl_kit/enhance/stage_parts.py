@@ -212,8 +212,8 @@ def mask_sentence(masks: "pd.DataFrame", name: str) -> str:
     "What a `mask_table` says."
     means = masks[["mask_low", "mask_high", "mask_spread_frequency", "mask_identity"]].mean()
     return (f"{name}: 5 to 95 % of mask values between {means.mask_low:.2f} and {means.mask_high:.2f}, spread over "
-            f"frequency {means.mask_spread_frequency:.3f}, distance from one {means.mask_identity:.2f}; the detector of "
-            f"collapsed masks fires on {int(masks.collapsed.sum())} of {len(masks)} mixtures.")
+            f"frequency {means.mask_spread_frequency:.3f}, distance from one {means.mask_identity:.2f}; the detector "
+            f"of collapsed masks fires on {int(masks.collapsed.sum())} of {len(masks)} mixtures.")
 
 # %% ../../nbs/enhance/stage_parts.ipynb #4a9b94ac
 def save_listening(ctx: StageContext, signals: Mapping[str, np.ndarray], name: str = "listen") -> dict[str, Path]:
