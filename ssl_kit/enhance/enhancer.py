@@ -52,7 +52,7 @@ def checkpoint_folder(model: str | os.PathLike) -> Path:
         return shipped_checkpoint(str(model))
     return folder / "checkpoint" if (folder / "checkpoint" / "config.json").is_file() else folder
 
-# %% ../../nbs/enhance/enhancer.ipynb #48e6ba73
+# %% ../../nbs/enhance/enhancer.ipynb #cbc568f3
 _BLOCK_S = 4.0                              # of sound that is read at once, beside a window
 _WINDOW_S = {"dpt": 4.0}                    # attention over more frames would fill the memory
 _USUAL_WINDOW_S = 8.0
@@ -94,6 +94,7 @@ class Enhancer:
             raise ParameterError(f"model {self.name!r} looks ahead and cannot run as a stream; choose final_causal (or a "
                                  f"network of your own that ssl-kit train-enhance made with --causal)")
 
+    @torch.inference_mode()
     def _whole(self, samples: np.ndarray) -> np.ndarray:
         "One channel after the other: several at once need more memory and no less time."
         return np.concatenate([self.network(torch.from_numpy(row[None])).numpy() for row in samples])
