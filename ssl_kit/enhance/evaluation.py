@@ -50,7 +50,7 @@ def noisereduce_function() -> Callable:
         import noisereduce
     except ImportError as error:
         raise MissingDataError("the classical row needs the package noisereduce, which is not installed: "
-                               "pip install 'ssl-kit[peers]', or pip install 'noisereduce>=3,<4'") from error
+                               "pip install 'ssl-kit[bench]', or pip install 'noisereduce>=3,<4'") from error
 
     return lambda noisy: noisereduce.reduce_noise(y=np.asarray(noisy, np.float32), sr=16000).astype(np.float32)
 
