@@ -91,8 +91,8 @@ class Enhancer:
     def check_stream(self, stream: bool = True) -> None:
         "ParameterError when a stream is asked of a network that looks ahead."
         if stream and not self.causal:
-            raise ParameterError(f"model {self.name!r} looks ahead and cannot run as a stream; choose final_causal (or a "
-                                 f"network of your own that ssl-kit train-enhance made with --causal)")
+            raise ParameterError(f"model {self.name!r} looks ahead and cannot run as a stream; choose final_causal (or "
+                                 f"a network of your own that ssl-kit train-enhance made with --causal)")
 
     @torch.inference_mode()
     def _whole(self, samples: np.ndarray) -> np.ndarray:
@@ -152,7 +152,8 @@ class Enhancer:
             clipped = writer.clipped
         wall_s = time.perf_counter() - start
         return {"source": str(source), "target": str(target), "model": self.name, "int8": self.int8,
-                "strength": strength, "sample_rate": info.sample_rate, "channels": info.channels, "duration_s": info.duration_s,
+                "strength": strength, "sample_rate": info.sample_rate, "channels": info.channels,
+                "duration_s": info.duration_s,
                 "format": kind, "subtype": subtype, "latency_s": self.latency_s if stream else None,
                 "seconds": wall_s, "rtf": wall_s / info.duration_s, "clipped_samples": clipped}
 
