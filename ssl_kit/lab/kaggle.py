@@ -104,17 +104,17 @@ class KaggleOptions:
         for source in self.data:
             checked_source(source)
 
-# %% ../../nbs/lab/kaggle.ipynb #308cacb1
+# %% ../../nbs/lab/kaggle.ipynb #a2024b9a
 def kernel_metadata(stage: str, options: KaggleOptions) -> dict:
     "kernel-metadata.json of a stage's notebook."
     title = checked_title(options.title or titled(stage))
     ids = [f"{options.owner}/{slug_of(text)}" for text in (title, titled(stage, " kit"))]
-    return {"id": ids[0], "title": title, "code_file": f"{stage}.ipynb", "language": "python",
-            "kernel_type": "notebook", "is_private": not options.public,
-            "enable_gpu": options.machine != "cpu", "enable_tpu": False, "enable_internet": False,
-            "machine_shape": MACHINES[options.machine], "docker_image": options.image, "docker_image_pinning_type": "original",
-            "dataset_sources": [ids[1], *options.data], "competition_sources": [],
-            "kernel_sources": ids[:1] if options.resume else [], "model_sources": []}
+    return {
+        "id": ids[0], "title": title, "code_file": f"{stage}.ipynb", "language": "python", "kernel_type": "notebook",
+        "is_private": not options.public, "enable_gpu": options.machine != "cpu", "enable_tpu": False,
+        "enable_internet": False, "machine_shape": MACHINES[options.machine], "docker_image": options.image,
+        "docker_image_pinning_type": "original", "dataset_sources": [ids[1], *options.data], "competition_sources": [],
+        "kernel_sources": ids[:1] if options.resume else [], "model_sources": []}
 
 
 def dataset_metadata(stage: str, options: KaggleOptions) -> dict:
@@ -125,7 +125,7 @@ def dataset_metadata(stage: str, options: KaggleOptions) -> dict:
             "description": f"ssl_kit {code_version()['text']} (MIT licence) with the stage {stage} and what it needs.",
             "licenses": [{"name": "other"}]}
 
-# %% ../../nbs/lab/kaggle.ipynb #4d018c49
+# %% ../../nbs/lab/kaggle.ipynb #d8c251cd
 _NOTE = """> Built by `ssl-kit kaggle build {stage}` from ssl_kit {version}, profile `{profile}`. The first cell
 > installs the kit from the attached data set; no internet is used. Results are in the output, `runs/{stage}`;
 > `ssl-kit kaggle pull {stage}` brings them home."""
@@ -156,7 +156,8 @@ def kaggle_notebook(stage: Stage, values: Mapping[str, Any], needs: Mapping[str,
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     note = _NOTE.format(stage=stage.name, version=code_version()["text"], profile=options.profile)
     added = {"note": ("markdown", note), "setup": ("code", setup_source(build)),
-             "begin": ("code", _begin_source(stage, values, needs, options)), "finish": ("code", "_run = _on_kaggle.finish()")}
+             "begin": ("code", _begin_source(stage, values, needs, options)),
+             "finish": ("code", "_run = _on_kaggle.finish()")}
     made = {name: {"cell_type": kind, "id": f"kaggle-{name}", "metadata": {}, "source": source}
             | ({"outputs": [], "execution_count": None} if kind == "code" else {})
             for name, (kind, source) in added.items()}
