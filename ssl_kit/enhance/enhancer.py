@@ -27,7 +27,7 @@ from ..lab.files import atomic_path
 from ..lab.parameters import nearest
 from ..lab.progress import progress as progress_bar
 
-# %% ../../nbs/enhance/enhancer.ipynb #297eac5d
+# %% ../../nbs/enhance/enhancer.ipynb #654347c6
 SHIPPED = ("final", "final_causal", "dpt", "crn", "mel", "stft")
 
 
@@ -36,11 +36,12 @@ def shipped_checkpoint(name: str) -> Path:
 
     Raises ParameterError for an unknown name, MissingDataError where this copy of the package lacks it."""
     if name not in SHIPPED:
-        raise ParameterError(f"model {name!r} is unknown; {nearest(name, SHIPPED)} (or give the folder of a checkpoint)")
+        raise ParameterError(f"model {name!r} is unknown; {nearest(name, SHIPPED)} (or give the folder of a "
+                             f"checkpoint)")
     folder = Path(str(resources.files("ssl_kit"))) / "assets" / "checkpoints" / f"enhance_{name}"
     if not (folder / "model.safetensors").is_file():
-        raise MissingDataError(f"model {name!r}: expected its checkpoint in {folder}, found none; train one with ssl-kit "
-                               f"train-enhance and give its folder instead")
+        raise MissingDataError(f"model {name!r}: expected its checkpoint in {folder}, found none; train one with "
+                               f"ssl-kit train-enhance and give its folder instead")
     return folder
 
 
@@ -51,7 +52,7 @@ def checkpoint_folder(model: str | os.PathLike) -> Path:
         return shipped_checkpoint(str(model))
     return folder / "checkpoint" if (folder / "checkpoint" / "config.json").is_file() else folder
 
-# %% ../../nbs/enhance/enhancer.ipynb #95b2af34
+# %% ../../nbs/enhance/enhancer.ipynb #cbc568f3
 _BLOCK_S = 4.0                              # of sound that is read at once, beside a window
 _WINDOW_S = {"dpt": 4.0}                    # attention over more frames would fill the memory
 _USUAL_WINDOW_S = 8.0
@@ -77,14 +78,23 @@ class Enhancer:
         "At 16 kHz, from a sample at the microphone to the same one enhanced, without computing; None: looks ahead."
         return self.network.config.n_fft / NETWORK_RATE_HZ if self.causal else None
 
-    def chain(self, sample_rate: int, channels: int, strength: float = 1.0, hop_by_hop: bool = False) -> EnhancementChain:
+    def chain(self, sample_rate: int, channels: int, strength: float = 1.0,
+              hop_by_hop: bool = False) -> EnhancementChain:
         "What takes blocks (channel, sample) of such a signal and gives enhanced ones; ParameterError below 8 kHz."
         if self.causal:
             inner = StreamedPass(self.network, channels, 1 if hop_by_hop else 64000)
         else:
-            inner = WindowedPass(self._whole, channels, round(self.window_s * NETWORK_RATE_HZ))
+            inner = WindowedPass(self._whole, channels, round(self.window_s * NETWORK_RATE_HZ),
+                                 grid=self.network.config.hop_length)
         return EnhancementChain(inner, sample_rate, channels, strength)
 
+    def check_stream(self, stream: bool = True) -> None:
+        "ParameterError when a stream is asked of a network that looks ahead."
+        if stream and not self.causal:
+            raise ParameterError(f"model {self.name!r} looks ahead and cannot run as a stream; choose final_causal (or a "
+                                 f"network of your own that ssl-kit train-enhance made with --causal)")
+
+    @torch.inference_mode()
     def _whole(self, samples: np.ndarray) -> np.ndarray:
         "One channel after the other: several at once need more memory and no less time."
         return np.concatenate([self.network(torch.from_numpy(row[None])).numpy() for row in samples])
@@ -117,13 +127,11 @@ class Enhancer:
         """Enhance a file of any length in constant memory; rate, length, and where possible container and sample format
         stay. What was done comes back: seconds, rtf, clipped_samples ...
 
-        stream: a causal network one hop at a time, as if live; progress: a bar for who watches, or called with the share that is
-        done. Raises ParameterError (target exists or is the source, strength, suffix, no causal network), MissingDataError,
-        DataError (no audio, damaged, NaN, too short, below 8 kHz), StorageError (disk full)."""
+        stream: a causal network one hop at a time, as if live; progress: a bar for who watches, or called with the
+        share that is done. Raises ParameterError (target exists or is the source, strength, suffix, no causal network),
+        MissingDataError, DataError (no audio, damaged, NaN, too short, below 8 kHz), StorageError (disk full)."""
         check_strength(strength)
-        if stream and not self.causal:
-            raise ParameterError(f"model {self.name!r} looks ahead and cannot run as a stream; choose final_causal, or leave "
-                                 f"--stream out")
+        self.check_stream(stream)
         source, target = Path(source), Path(target)
         info = _checked_files(source, target, overwrite)
         kind, subtype = output_format(target, info)
@@ -143,16 +151,17 @@ class Enhancer:
                 report(writer.frames)
             clipped = writer.clipped
         wall_s = time.perf_counter() - start
-        return {"source": str(source), "target": str(target), "model": self.name, "int8": self.int8, "strength": strength,
-                "sample_rate": info.sample_rate, "channels": info.channels, "duration_s": info.duration_s,
+        return {"source": str(source), "target": str(target), "model": self.name, "int8": self.int8,
+                "strength": strength, "sample_rate": info.sample_rate, "channels": info.channels, "duration_s": info.duration_s,
                 "format": kind, "subtype": subtype, "latency_s": self.latency_s if stream else None,
                 "seconds": wall_s, "rtf": wall_s / info.duration_s, "clipped_samples": clipped}
 
-# %% ../../nbs/enhance/enhancer.ipynb #27ce1b1d
+# %% ../../nbs/enhance/enhancer.ipynb #034be14f
 def check_strength(strength: float) -> None:
     "ParameterError unless 0 to 1."
     if not 0 <= strength <= 1:
-        raise ParameterError(f"strength: expected 0 (input untouched) to 1 (all that the network does), found {strength}")
+        raise ParameterError(f"strength: expected 0 (input untouched) to 1 (all that the network does), found "
+                             f"{strength}")
 
 
 def _checked_shape(samples, sample_rate: int) -> tuple[int, int]:
@@ -161,7 +170,8 @@ def _checked_shape(samples, sample_rate: int) -> tuple[int, int]:
         raise ParameterError(f"samples: expected an array of floats (channel, sample) with full scale 1, found "
                              f"{getattr(samples, 'dtype', type(samples).__name__)} {getattr(samples, 'shape', '')}")
     if samples.shape[0] == 0 or samples.shape[1] < _MIN_S * sample_rate:
-        raise DataError(f"samples: expected at least one channel and {_MIN_S} s, found {samples.shape} at {sample_rate} Hz")
+        raise DataError(f"samples: expected at least one channel and {_MIN_S} s, found {samples.shape} at "
+                        f"{sample_rate} Hz")
     return samples.shape
 
 

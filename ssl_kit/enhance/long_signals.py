@@ -12,19 +12,21 @@ import torch
 from .streaming import EnhancementStream
 from ..lab.errors import ParameterError
 
-# %% ../../nbs/enhance/long_signals.ipynb #f976f843
+# %% ../../nbs/enhance/long_signals.ipynb #d7a08021
 class WindowedPass:
     """`function` (channel, sample) to the same, over windows that overlap; all lengths in samples.
 
     `push(block) -> samples` gives what is finished, `finish() -> samples` the rest; at most one window and one block
-    are kept. Raises ParameterError when context and fade do not fit into half a window."""
+    are kept. Windows begin at multiples of `grid`. Raises ParameterError when context and fade do not fit into half a
+    window."""
 
-    def __init__(self, function, n_channels: int, window: int = 128000, context: int = 8000, fade: int = 8000):
+    def __init__(self, function, n_channels: int, window: int = 128000, context: int = 8000, fade: int = 8000,
+                 grid: int = 1):
         if min(context, fade) < 1 or 2 * (2 * context + fade) > window:
             raise ParameterError(f"window: expected at least twice 2 * context + fade = {2 * context + fade} samples, "
                                  f"found {window}")
         self.function, self.window, self.context, self.fade = function, window, context, fade
-        self.hop = window - 2 * context - fade
+        self.grid, self.hop = grid, (window - 2 * context - fade) // grid * grid
         self._ramp = (0.5 - 0.5 * np.cos(np.pi * (np.arange(fade) + 0.5) / fade)).astype(np.float32)
         self._heard, self._origin = np.zeros((n_channels, 0), np.float32), 0    # samples, and the place of the first
         self._next, self._done, self._tail = 0, 0, None
@@ -43,7 +45,8 @@ class WindowedPass:
     def finish(self) -> np.ndarray:
         "The rest."
         n = self._origin + self._heard.shape[1]
-        return self._run(max(0, n - self.window), n) if n else self._heard
+        first = -(-max(0, n - self.window) // self.grid) * self.grid
+        return self._run(first, n) if n else self._heard
 
     def _run(self, start: int, end: int) -> np.ndarray:
         "Samples from the last finished one to `end`, by the window that begins at `start`."
@@ -123,7 +126,7 @@ class _BandGain:
         was, now = np.split(power + 1e-12, 2)
         return (1 - np.sqrt(np.minimum(1, now / was))).astype(np.float32)
 
-# %% ../../nbs/enhance/long_signals.ipynb #13bb145f
+# %% ../../nbs/enhance/long_signals.ipynb #b94c87f0
 class EnhancementChain:
     """Blocks (channel, sample), float32, of any rate from 8 kHz through a pass at 16 kHz and back to their rate.
 
@@ -162,7 +165,7 @@ class EnhancementChain:
         before, self._low = np.split(self._low, [enhanced.shape[1]], axis=1)
         loss = self._gain.push(before, enhanced)
         rows = _resampled(self._up, np.concatenate([enhanced, before, loss]), last)
-        if last:                                                     # rates that are no multiples: a sample more or less
+        if last:                                                     # the rates decide about one sample more or less
             missing = max(0, self._input.shape[1] - rows.shape[1])
             rows = np.pad(rows, ((0, 0), (0, missing)))[:, :self._input.shape[1]]
         return self._mixed(*np.split(rows, 3))

@@ -17,9 +17,9 @@ from .audio import AudioInfo, audio_info
 from .errors import DataError, ParameterError, StorageError
 from .files import atomic_path
 
-# %% ../../nbs/lab/audio_out.ipynb #cddf5bc2
-_SUFFIXES = {".wav": "WAV", ".wave": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".oga": "OGG", ".opus": "OGG", ".mp3": "MP3",
-             ".aiff": "AIFF", ".aif": "AIFF", ".au": "AU", ".caf": "CAF", ".w64": "W64", ".rf64": "RF64"}
+# %% ../../nbs/lab/audio_out.ipynb #0139d35b
+_SUFFIXES = {".wav": "WAV", ".wave": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".oga": "OGG", ".opus": "OGG",
+             ".mp3": "MP3", ".aiff": "AIFF", ".aif": "AIFF", ".au": "AU", ".caf": "CAF", ".w64": "W64", ".rf64": "RF64"}
 AUDIO_SUFFIXES = tuple(_SUFFIXES)   # of files that can be read and written
 _MAX_WAV_BYTES = 2 ** 32 - 2 ** 20  # sizes in a WAV header have 32 bits
 
@@ -41,8 +41,8 @@ def output_format(path, like: AudioInfo) -> tuple[str, str]:
     if subtype is None:
         raise ParameterError(f"{path}: {kind} can be read, not written; name a file that ends in .wav or .flac")
     if kind in ("WAV", "WAVEX", "AIFF") and _bytes_of(like, subtype) > _MAX_WAV_BYTES:
-        raise ParameterError(f"{path}: {like.duration_s / 3600:.1f} hours are more than the 4 GB that {kind} can hold; name "
-                             f"a file that ends in .flac, .w64 or .rf64")
+        raise ParameterError(f"{path}: {like.duration_s / 3600:.1f} hours are more than the 4 GB that {kind} can hold; "
+                             f"name a file that ends in .flac, .w64 or .rf64")
     return kind, subtype
 
 
@@ -51,7 +51,7 @@ def _bytes_of(info: AudioInfo, subtype: str) -> int:
     widths = {"PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
     return info.frames * info.channels * widths.get(subtype, 1)
 
-# %% ../../nbs/lab/audio_out.ipynb #47090a11
+# %% ../../nbs/lab/audio_out.ipynb #8da040f4
 class AudioWriter:
     "Takes blocks (channel, sample); counts the samples that integers clip at full scale."
 
@@ -81,12 +81,13 @@ def _storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except soundfile.LibsndfileError as error:
-        raise StorageError(f"could not write {path}: {error.error_string}; nothing was left half-written; is the disk full, or "
-                           f"does the format not allow this rate or number of channels?") from error
+        raise StorageError(f"could not write {path}: {error.error_string}; nothing was left half-written; is the disk "
+                           f"full, or does the format not allow this rate or number of channels?") from error
 
 
 @contextlib.contextmanager
-def audio_writer(path: str | os.PathLike, sample_rate: int, channels: int, kind: str, subtype: str) -> Iterator[AudioWriter]:
+def audio_writer(path: str | os.PathLike, sample_rate: int, channels: int, kind: str,
+                 subtype: str) -> Iterator[AudioWriter]:
     """An `AudioWriter` for a file that takes its name when the block ends well; else the old content stays.
 
     kind, subtype: see `output_format`. Raises StorageError when not all can be written."""
@@ -107,5 +108,5 @@ def audio_writer(path: str | os.PathLike, sample_rate: int, channels: int, kind:
             sound.close()
         found = audio_info(temporary).frames
         if found != writer.frames:
-            raise StorageError(f"could not write {path}: of {writer.frames} samples {found} could be read back; nothing was "
-                               f"left half-written; is the disk full?")
+            raise StorageError(f"could not write {path}: of {writer.frames} samples {found} could be read back; nothing "
+                               f"was left half-written; is the disk full?")

@@ -35,6 +35,8 @@ COMMANDS = {
     "route": ("ssl_kit.routing.route_command", "say which of your predictions to trust, from their scores"),
     "page": ("ssl_kit.apps.route_page", "a page: a recording in, both answers and whom to trust out"),
     "train-enhance": ("ssl_kit.enhance.train_command", "train a speech enhancer, from speech and noise to a model"),
+    "enhance": ("ssl_kit.enhance.command", "take noise from recordings of speech, files and folders of them"),
+    "export-enhance": ("ssl_kit.enhance.onnx_export", "write an enhancement network as ONNX"),
     "demo": ("ssl_kit.apps.demo", "a page: a noisy recording in, an enhanced one out, to hear and to compare"),
     "doctor": ("ssl_kit.lab.doctor", "say whether this machine is ready, and what is missing"),
 }
