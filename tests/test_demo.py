@@ -319,7 +319,7 @@ def test_the_page_reports_to_nobody_and_works_on_one_thing_at_a_time(service):
 
 
 SERVER = """import argparse, os, sys, threading
-timer = threading.Timer(300, lambda: os._exit(0))
+timer = threading.Timer(900, lambda: os._exit(0))
 timer.daemon = True
 timer.start()
 from ssl_kit.apps.demo import add_demo_arguments, run_demo
@@ -374,7 +374,8 @@ def test_the_demo_enhances_in_a_browser(served, example, tmp_path):
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
+    options.add_experimental_option("prefs", {
+        "download.default_directory": str(tmp_path), "profile.default_content_setting_values.automatic_downloads": 1})
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,1400"):
         options.add_argument(flag)
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))

@@ -145,6 +145,8 @@ def answer_html(answer: Enhanced) -> str:
 DEMO_CSS = """
 .ssl-figure svg { width: 100%; height: auto; max-width: 620px; display: block; margin: 0 auto; }
 .ssl-page h3 { margin: 0 0 4px 0; } .ssl-page .ssl-error { margin-top: 8px; }
+#recording .controls button, #before .controls button, #after .controls button, #recording time, #before time,
+#after time { color: var(--body-text-color) !important; }
 #measures td + td, #measures th + th { text-align: right !important; font-variant-numeric: tabular-nums; }
 """
 _HINT = "<div class='ssl-page'><p>Choose or record something and have it enhanced, or take the example.</p></div>"
@@ -191,7 +193,7 @@ def build_demo_page(service: DemoService, example: tuple | None = None) -> "grad
                 before = gr.Audio(label="before", interactive=False, elem_id="before", buttons=[])
                 after = gr.Audio(label="after", interactive=False, elem_id="after", buttons=[])
                 download = gr.DownloadButton("Download", visible=False, elem_id="download")
-                picture = gr.HTML(elem_id="picture")
+                picture = gr.HTML(elem_id="picture", padding=False)
         inputs, outputs = [recording, models, strength, reference], [before, after, download, text, picture]
         one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "network"}
         ask.click(answer, inputs, outputs, api_name="enhance", **one_at_a_time)

@@ -95,12 +95,13 @@ def serve_page(page: "gradio.Blocks", args: argparse.Namespace, max_megabytes: i
     gr = load_gradio()
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"note: {args.host} can be reached by others; whoever reaches it can use this machine's time{note}")
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     signal.signal(signal.SIGTERM, leave)
     try:
         page.launch(server_name=args.host, server_port=args.port, inbrowser=args.open, share=False, quiet=True,
                     prevent_thread_lock=True, max_file_size=f"{max_megabytes}mb", ssr_mode=False, css=PAGE_CSS + css,
-                    footer_links=[], enable_monitoring=False,
-                    theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))
+                    footer_links=[], enable_monitoring=False, theme=theme)
     except OSError as error:
         raise ParameterError(f"--port {args.port}: cannot listen on {args.host}:{args.port} ({error}); choose "
                              "another port") from error

@@ -60,7 +60,8 @@ def check_package(requirement: str) -> Finding:
     return Finding(wanted.name, "ok" if fits else "warn", version, "" if fits else install)
 
 # %% ../../nbs/lab/doctor.ipynb #86821ea3
-EXTRAS = {"distributed": "rooms and sweeps on many machines (--scheduler)", "gradio": "the live page (ssl-kit page)",
+EXTRAS = {"distributed": "rooms and sweeps on many machines (--scheduler)",
+          "gradio": "the live pages (ssl-kit page, ssl-kit demo)",
           "kaggle": "ssl-kit kaggle push and pull",
           "onnx": "ssl-kit export-enhance and enhance --int8", "onnxruntime": "ssl-kit enhance --int8",
           "noisereduce": "the peer in ssl-kit bench enhance"}
