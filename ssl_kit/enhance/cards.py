@@ -77,8 +77,8 @@ def _facts(about: dict, kind: str, size_bytes: int) -> list[tuple[str, str]]:
     steps = (f"{about['steps']:,} of {about['batch_size']} clips of {about['clip_s']:g} s; AdamW, peak learning rate "
              f"{about['learning_rate']:g}") if {"steps", "batch_size", "clip_s", "learning_rate"} <= set(about) else ""
     data = {"librispeech": "LibriSpeech train-clean-100 (CC BY 4.0), one utterance from each of the speakers of the "
-                           "splits train and calibration; ESC-10 folds 1 to 3 without baby_cry and chainsaw, and white, pink "
-                           "and brown noise",
+                           "splits train and calibration; ESC-10 folds 1 to 3 without baby_cry and chainsaw, and "
+                           "white, pink and brown noise",
             "embedded": "the synthetic speech and noise that ship with the kit"}.get(about.get("speech"), "")
     mixed = (f"; mixed on the fly at -5 to 20 dB, low ratios more often (skew {about['snr_skew']:g})"
              if about.get("snr_skew", 1) != 1 else "; mixed on the fly at -5 to 20 dB" if data else "")

@@ -52,7 +52,7 @@ def checkpoint_folder(model: str | os.PathLike) -> Path:
         return shipped_checkpoint(str(model))
     return folder / "checkpoint" if (folder / "checkpoint" / "config.json").is_file() else folder
 
-# %% ../../nbs/enhance/enhancer.ipynb #48e6ba73
+# %% ../../nbs/enhance/enhancer.ipynb #cbc568f3
 _BLOCK_S = 4.0                              # of sound that is read at once, beside a window
 _WINDOW_S = {"dpt": 4.0}                    # attention over more frames would fill the memory
 _USUAL_WINDOW_S = 8.0
@@ -91,9 +91,10 @@ class Enhancer:
     def check_stream(self, stream: bool = True) -> None:
         "ParameterError when a stream is asked of a network that looks ahead."
         if stream and not self.causal:
-            raise ParameterError(f"model {self.name!r} looks ahead and cannot run as a stream; choose final_causal (or a "
-                                 f"network of your own that ssl-kit train-enhance made with --causal)")
+            raise ParameterError(f"model {self.name!r} looks ahead and cannot run as a stream; choose final_causal (or "
+                                 f"a network of your own that ssl-kit train-enhance made with --causal)")
 
+    @torch.inference_mode()
     def _whole(self, samples: np.ndarray) -> np.ndarray:
         "One channel after the other: several at once need more memory and no less time."
         return np.concatenate([self.network(torch.from_numpy(row[None])).numpy() for row in samples])
@@ -151,7 +152,8 @@ class Enhancer:
             clipped = writer.clipped
         wall_s = time.perf_counter() - start
         return {"source": str(source), "target": str(target), "model": self.name, "int8": self.int8,
-                "strength": strength, "sample_rate": info.sample_rate, "channels": info.channels, "duration_s": info.duration_s,
+                "strength": strength, "sample_rate": info.sample_rate, "channels": info.channels,
+                "duration_s": info.duration_s,
                 "format": kind, "subtype": subtype, "latency_s": self.latency_s if stream else None,
                 "seconds": wall_s, "rtf": wall_s / info.duration_s, "clipped_samples": clipped}
 

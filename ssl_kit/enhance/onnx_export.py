@@ -27,7 +27,8 @@ def _need(name: str):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingDataError(f"{name.partition('.')[0]} is not installed; pip install 'ssl-kit[onnx]' brings it") from error
+        raise MissingDataError(f"{name.partition('.')[0]} is not installed; pip install 'ssl-kit[onnx]' brings "
+                               f"it") from error
 
 
 class _Graph:
@@ -41,7 +42,8 @@ class _Graph:
         "Name of a constant."
         name = f"c{len(self.constants)}"
         value = value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
-        self.constants.append(self.onnx.numpy_helper.from_array(value.astype(np.int64 if integer else np.float32), name))
+        value = value.astype(np.int64 if integer else np.float32)
+        self.constants.append(self.onnx.numpy_helper.from_array(value, name))
         return name
 
     def __call__(self, kind: str, *inputs: str, out=None, **attributes) -> str:
@@ -141,7 +143,8 @@ def mask_graph(network: FinalNet) -> bytes:
 
     Raises ParameterError for networks of other kinds, MissingDataError without the library onnx."""
     if network.kind != "final":
-        raise ParameterError(f"network: expected one of the kind 'final', found {network.kind!r}; only those are exported")
+        raise ParameterError(f"network: expected one of the kind 'final', found {network.kind!r}; only those are "
+                             f"exported")
     import ssl_kit
 
     g, cfg, inner = _Graph(), network.config, network.network

@@ -108,5 +108,5 @@ def audio_writer(path: str | os.PathLike, sample_rate: int, channels: int, kind:
             sound.close()
         found = audio_info(temporary).frames
         if found != writer.frames:
-            raise StorageError(f"could not write {path}: of {writer.frames} samples {found} could be read back; nothing "
-                               f"was left half-written; is the disk full?")
+            raise StorageError(f"could not write {path}: of {writer.frames} samples {found} could be read back; "
+                               f"nothing was left half-written; is the disk full?")

@@ -61,7 +61,9 @@ def check_package(requirement: str) -> Finding:
 
 # %% ../../nbs/lab/doctor.ipynb #86821ea3
 EXTRAS = {"distributed": "rooms and sweeps on many machines (--scheduler)", "gradio": "the live page (ssl-kit page)",
-          "kaggle": "ssl-kit kaggle push and pull"}
+          "kaggle": "ssl-kit kaggle push and pull",
+          "onnx": "ssl-kit export-enhance and enhance --int8", "onnxruntime": "ssl-kit enhance --int8",
+          "noisereduce": "the peer in ssl-kit bench enhance"}
 
 
 def check_extra(name: str) -> Finding:

@@ -28,7 +28,7 @@ from .provenance import code_version
 from .runs import assign
 from .stages import PROFILES, Stage, list_stages, with_needs
 
-# %% ../../nbs/lab/kaggle.ipynb #8153c8ad
+# %% ../../nbs/lab/kaggle.ipynb #25f20112
 _OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _SLUG = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
 _SOURCE = re.compile(r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w-]*", re.ASCII)
@@ -51,8 +51,8 @@ def titled(stage: str, suffix: str = "") -> str:
 def checked_title(title: str) -> str:
     "`title`, or ParameterError when Kaggle would refuse it or make an address of it that says nothing."
     if not 6 <= len(title) <= 50 or not _SLUG.fullmatch(slug_of(title)) or len(slug_of(title)) < 5:
-        raise ParameterError(f"title {title!r}: expected 6 to 50 characters with at least five letters or digits, found "
-                             f"{len(title)} characters; Kaggle makes the address {slug_of(title)!r} of it")
+        raise ParameterError(f"title {title!r}: expected 6 to 50 characters with at least five letters or digits, "
+                             f"found {len(title)} characters; Kaggle makes the address {slug_of(title)!r} of it")
     return title
 
 
@@ -63,7 +63,7 @@ def checked_source(source: str) -> str:
                              "such as someone/librispeech")
     return source
 
-# %% ../../nbs/lab/kaggle.ipynb #a1e3f1a8
+# %% ../../nbs/lab/kaggle.ipynb #a8e546b2
 MACHINES = {"t4": "NvidiaTeslaT4", "cpu": "None"}
 TIME_LIMIT_S = 11.5 * 3600
 
@@ -99,21 +99,22 @@ class KaggleOptions:
         if not re.fullmatch(r"3\.\d+", self.python):
             raise ParameterError(f"--python {self.python!r}: expected the image's version, such as {IMAGE_PYTHON}")
         if not re.fullmatch(r"[\w./-]+@sha256:[0-9a-f]{64}", self.image):
-            raise ParameterError(f"--image {self.image!r}: expected NAME@sha256:DIGEST, as `kaggle kernels pull -m` writes "
-                                 "it into kernel-metadata.json")
+            raise ParameterError(f"--image {self.image!r}: expected NAME@sha256:DIGEST, as `kaggle kernels pull -m` "
+                                 "writes it into kernel-metadata.json")
         for source in self.data:
             checked_source(source)
 
-# %% ../../nbs/lab/kaggle.ipynb #3afb4b3f
+# %% ../../nbs/lab/kaggle.ipynb #a2024b9a
 def kernel_metadata(stage: str, options: KaggleOptions) -> dict:
     "kernel-metadata.json of a stage's notebook."
     title = checked_title(options.title or titled(stage))
     ids = [f"{options.owner}/{slug_of(text)}" for text in (title, titled(stage, " kit"))]
-    return {"id": ids[0], "title": title, "code_file": f"{stage}.ipynb", "language": "python", "kernel_type": "notebook",
-            "is_private": not options.public, "enable_gpu": options.machine != "cpu", "enable_tpu": False,
-            "enable_internet": False, "machine_shape": MACHINES[options.machine], "docker_image": options.image,
-            "docker_image_pinning_type": "original", "dataset_sources": [ids[1], *options.data],
-            "competition_sources": [], "kernel_sources": ids[:1] if options.resume else [], "model_sources": []}
+    return {
+        "id": ids[0], "title": title, "code_file": f"{stage}.ipynb", "language": "python", "kernel_type": "notebook",
+        "is_private": not options.public, "enable_gpu": options.machine != "cpu", "enable_tpu": False,
+        "enable_internet": False, "machine_shape": MACHINES[options.machine], "docker_image": options.image,
+        "docker_image_pinning_type": "original", "dataset_sources": [ids[1], *options.data], "competition_sources": [],
+        "kernel_sources": ids[:1] if options.resume else [], "model_sources": []}
 
 
 def dataset_metadata(stage: str, options: KaggleOptions) -> dict:
@@ -124,10 +125,10 @@ def dataset_metadata(stage: str, options: KaggleOptions) -> dict:
             "description": f"ssl_kit {code_version()['text']} (MIT licence) with the stage {stage} and what it needs.",
             "licenses": [{"name": "other"}]}
 
-# %% ../../nbs/lab/kaggle.ipynb #321c891c
-_NOTE = """> Built by `ssl-kit kaggle build {stage}` from ssl_kit {version}, profile `{profile}`. The first cell installs the kit
-> from the attached data set; no internet is used. Results are in the output, `runs/{stage}`; `ssl-kit kaggle pull {stage}`
-> brings them home."""
+# %% ../../nbs/lab/kaggle.ipynb #d8c251cd
+_NOTE = """> Built by `ssl-kit kaggle build {stage}` from ssl_kit {version}, profile `{profile}`. The first cell
+> installs the kit from the attached data set; no internet is used. Results are in the output, `runs/{stage}`;
+> `ssl-kit kaggle pull {stage}` brings them home."""
 
 
 def _begin_source(stage: Stage, values: Mapping[str, Any], needs: Mapping[str, Mapping], options: KaggleOptions) -> str:
@@ -137,7 +138,8 @@ def _begin_source(stage: Stage, values: Mapping[str, Any], needs: Mapping[str, M
     def text(value: Any) -> str:
         return pprint.pformat(value, width=110, sort_dicts=False).replace("\n", "\n    ")
 
-    return (f"from ssl_kit.lab.kaggle_session import begin\n\n_on_kaggle = begin(\n    {stage.name!r}, {{{names}}}, kit=_KIT,\n"
+    return ("from ssl_kit.lab.kaggle_session import begin\n\n_on_kaggle = begin(\n"
+            f"    {stage.name!r}, {{{names}}}, kit=_KIT,\n"
             f"    built={text(dict(values))},\n    needs={text({k: dict(v) for k, v in needs.items() if v})},\n"
             f"    profile={options.profile!r}, device={'cpu' if options.machine == 'cpu' else 'auto'!r}, "
             f"time_limit_s={options.time_limit_s!r})")
@@ -149,10 +151,12 @@ def kaggle_notebook(stage: Stage, values: Mapping[str, Any], needs: Mapping[str,
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
 
-    notebook = parameterize_notebook(load_notebook_node(str(stage.path)), dict(values), comment="Parameters of this build")
+    notebook = parameterize_notebook(load_notebook_node(str(stage.path)), dict(values),
+                                     comment="Parameters of this build")
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    added = {"note": ("markdown", _NOTE.format(stage=stage.name, version=code_version()["text"], profile=options.profile)),
-             "setup": ("code", setup_source(build)), "begin": ("code", _begin_source(stage, values, needs, options)),
+    note = _NOTE.format(stage=stage.name, version=code_version()["text"], profile=options.profile)
+    added = {"note": ("markdown", note), "setup": ("code", setup_source(build)),
+             "begin": ("code", _begin_source(stage, values, needs, options)),
              "finish": ("code", "_run = _on_kaggle.finish()")}
     made = {name: {"cell_type": kind, "id": f"kaggle-{name}", "metadata": {}, "source": source}
             | ({"outputs": [], "execution_count": None} if kind == "code" else {})
@@ -169,15 +173,16 @@ def kaggle_notebook(stage: Stage, values: Mapping[str, Any], needs: Mapping[str,
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     return notebook
 
-# %% ../../nbs/lab/kaggle.ipynb #e3eb671c
+# %% ../../nbs/lab/kaggle.ipynb #b6b35b19
 def _refuse_local_paths(stages: Mapping[str, Stage], values: Mapping[str, Mapping[str, Any]]) -> None:
     "ParameterError for a parameter that names a file of this machine."
     for name, stage in stages.items():
         for key in stage.paths:
             path = values[name][key]
             if path and not str(path).startswith("/kaggle/input/"):
-                raise ParameterError(f"-p {name}.{key}={path}: Kaggle does not see files of this machine; make a data set of "
-                                     f"it, attach it by --data OWNER/DATASET, and give {key}=/kaggle/input/DATASET/…")
+                raise ParameterError(f"-p {name}.{key}={path}: Kaggle does not see files of this machine; make a data "
+                                     "set of it, attach it by --data OWNER/DATASET, and give "
+                                     f"{key}=/kaggle/input/DATASET/…")
 
 
 def _fill_dataset(folder: Path, stages: Mapping[str, Stage], target: str, options: KaggleOptions) -> str:
@@ -200,8 +205,8 @@ def _fill_dataset(folder: Path, stages: Mapping[str, Stage], target: str, option
 def _put_in_place(made: Path, folder: Path) -> None:
     "Rename `made` to `folder`; what was there goes, if it was a build."
     if folder.exists() and not (folder / "notebook" / "kernel-metadata.json").is_file() and any(folder.iterdir()):
-        raise ParameterError(f"{folder}: expected a folder of an earlier build or none, found other files; give another "
-                             "one by --out")
+        raise ParameterError(f"{folder}: expected a folder of an earlier build or none, found other files; give "
+                             "another one by --out")
     old = made.with_name(made.name + ".old")
     if folder.exists():
         os.replace(folder, old)
@@ -238,8 +243,8 @@ def build_folder(stage: str, options: KaggleOptions, pairs: Sequence[str] = (), 
         except OSError as error:
             if isinstance(error, StorageError) or not isinstance(error.errno, int):
                 raise
-            raise StorageError(f"could not build {folder}: {error.strerror}; free some space, or give another folder by "
-                               "--out") from error
+            raise StorageError(f"could not build {folder}: {error.strerror}; free some space, or give another folder "
+                               "by --out") from error
         finally:
             shutil.rmtree(made, ignore_errors=True)
     return folder

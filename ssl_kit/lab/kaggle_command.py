@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .errors import MissingDataError, ParameterError, SslKitError
 
-# %% ../../nbs/lab/kaggle_command.ipynb #7ab11697
+# %% ../../nbs/lab/kaggle_command.ipynb #b8ea1fd9
 class KaggleFailure(SslKitError):
     "Kaggle, or its command, refused something; the message has its words."
 
@@ -36,16 +36,16 @@ def kaggle_cli(*arguments: str, check: bool = True) -> str:
     """
     program = shutil.which("kaggle")
     if program is None:
-        raise MissingDataError("expected Kaggle's command `kaggle` on the PATH, found none; pip install kaggle, and make an "
-                               "API token (kaggle.com, Settings, API) where its documentation says. Without it: upload "
-                               "the folders by hand, and give a downloaded output to `ssl-kit kaggle pull --from FOLDER`")
+        raise MissingDataError("expected Kaggle's command `kaggle` on the PATH, found none; pip install kaggle, and "
+                               "make an API token (kaggle.com, Settings, API). Without it: upload "
+                               "the folders by hand, and give a downloaded output to `kaggle pull --from FOLDER`")
     done = subprocess.run([program, *arguments], capture_output=True, text=True)
     text = (done.stdout + done.stderr).strip()
     if check and (done.returncode or _REFUSAL.search(text)):
         raise KaggleFailure(f"kaggle {' '.join(arguments[:2])} failed: {text or f'exit code {done.returncode}'}")
     return text
 
-# %% ../../nbs/lab/kaggle_command.ipynb #4282e65a
+# %% ../../nbs/lab/kaggle_command.ipynb #0c6b02f2
 def push_folder(folder: Path, wait_s: float = 900.0, pause_s: float = 10.0) -> dict:
     "Push a built folder: data set, then notebook; {kernel, dataset, said}. Raises KaggleFailure, MissingDataError."
     from ssl_kit.lab.kaggle import read_build
@@ -53,26 +53,28 @@ def push_folder(folder: Path, wait_s: float = 900.0, pause_s: float = 10.0) -> d
     built = read_build(folder)
     dataset, there = built["dataset"]["id"], kaggle_cli("datasets", "status", built["dataset"]["id"], check=False)
     if there.strip().lower() in ("ready", "pending"):
-        kaggle_cli("datasets", "version", "-p", str(folder / "dataset"), "-m", built["dataset"]["description"][:50], "-t")
+        note = built["dataset"]["description"][:50]
+        kaggle_cli("datasets", "version", "-p", str(folder / "dataset"), "-m", note, "-t")
     else:
         kaggle_cli("datasets", "create", "-p", str(folder / "dataset"), "-t")
     deadline = time.monotonic() + wait_s
     while (state := kaggle_cli("datasets", "status", dataset, check=False).strip().lower()) != "ready":
         if time.monotonic() > deadline:
-            raise KaggleFailure(f"data set {dataset} is not ready after {wait_s:g} s (Kaggle says {state!r}); push again "
-                                "later, it will be found")
+            raise KaggleFailure(f"data set {dataset} is not ready after {wait_s:g} s (Kaggle says {state!r}); push "
+                                "again later, it will be found")
         time.sleep(pause_s)
     said = kaggle_cli("kernels", "push", "-p", str(folder / "notebook"))
     return {"kernel": built["kernel"]["id"], "dataset": dataset, "said": said}
 
-# %% ../../nbs/lab/kaggle_command.ipynb #5419bfa3
+# %% ../../nbs/lab/kaggle_command.ipynb #40c7fe65
 def pull_output(kernel: str, folder: Path) -> str:
     """Download the output of a notebook into `folder`; returns its status, which may be that of a failure.
 
     Raises KaggleFailure while it is still running, and when Kaggle knows no such notebook."""
     status = kaggle_cli("kernels", "status", kernel, check=False)
     if "has status" not in status:
-        raise KaggleFailure(f"notebook {kernel}: Kaggle does not say how it stands: {status or 'nothing'}; was it pushed?")
+        raise KaggleFailure(f"notebook {kernel}: Kaggle does not say how it stands: {status or 'nothing'}; was it "
+                            "pushed?")
     if re.search("running|queued|new_script", status, re.IGNORECASE):
         raise KaggleFailure(f"{status}; its output is there when it has ended")
     kaggle_cli("kernels", "output", kernel, "-p", str(folder))
@@ -127,7 +129,7 @@ def add_kaggle_arguments(parser: argparse.ArgumentParser) -> None:
     pull.add_argument("--from", dest="source", metavar="FOLDER", help="an output that was downloaded by hand")
     pull.add_argument("--force", action="store_true", help="replace runs that are finished here")
 
-# %% ../../nbs/lab/kaggle_command.ipynb #c81315c1
+# %% ../../nbs/lab/kaggle_command.ipynb #83028459
 def _folder(args) -> Path:
     return Path(args.out or Path("kaggle") / args.stage).expanduser().resolve()
 
@@ -169,8 +171,8 @@ def _build(args) -> tuple[dict, list[str], int]:
     lines = [f"{folder}: {len(built['files'])} files, {built['bytes'] / 1e6:.1f} MB",
              f"notebook {built['kernel']['id']}, data set {built['dataset']['id']}"]
     if wanted and not args.data:
-        lines.append(f"the stage reads {', '.join(wanted)} of the data root: attach a data set that holds these folders, "
-                     "--data OWNER/DATASET")
+        lines.append(f"the stage reads {', '.join(wanted)} of the data root: attach a data set that holds these "
+                     "folders, --data OWNER/DATASET")
     return built, [*lines, f"next: ssl-kit kaggle push {args.stage}"], 0
 
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# %% ../../nbs/lab/kaggle_install.ipynb #ecf07f3e
+# %% ../../nbs/lab/kaggle_install.ipynb #f6d02f39
 LISTING = "ssl_kit_kaggle.json"
 
 
@@ -29,8 +29,8 @@ def find_kit(build: str, top: Path, listing: str = LISTING) -> Path:
             if hashlib.sha256(path.read_bytes()).hexdigest() == build:
                 return path.parent
             others.append(str(path.parent))
-    what = f"found other builds in {', '.join(others)}: a data set of an older version is attached, or its new version " \
-           "was not ready yet" if others else f"found none below {top}"
+    what = f"found other builds in {', '.join(others)}: a data set of an older version is attached, or its new " \
+           "version was not ready yet" if others else f"found none below {top}"
     raise RuntimeError(f"expected the data set with the kit (build {build[:12]}) among the inputs, {what}; "
                        "attach it (Add input), or push again")
 

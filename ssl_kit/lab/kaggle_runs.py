@@ -54,7 +54,7 @@ def run_faults(folder: Path) -> list[str]:
             faults.append(f"{name} is altered")
     return faults
 
-# %% ../../nbs/lab/kaggle_runs.ipynb #f05eb2a3
+# %% ../../nbs/lab/kaggle_runs.ipynb #33956929
 def copy_run(source: Path, target: Path) -> Path:
     """Copy a run folder; `target` appears whole or not at all, and whoever holds it may write into it.
 
@@ -83,7 +83,7 @@ def copy_run(source: Path, target: Path) -> Path:
         if isinstance(error, StorageError):
             raise
         raise StorageError(f"could not copy the run {source} to {target}: {error.strerror or error}; free some space "
-                           "(Kaggle keeps 20 GB of /kaggle/working), or check that the folder may be written") from error
+                           "(Kaggle keeps 20 GB of /kaggle/working), or check that it may be written") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return target
@@ -126,7 +126,7 @@ def adopt_previous(planned: Mapping[str, Planned], top: Path) -> Adopted:
         taken[name] = copy_run(best, plan.folder)
     return Adopted(taken, tuple(others))
 
-# %% ../../nbs/lab/kaggle_runs.ipynb #0da42e7b
+# %% ../../nbs/lab/kaggle_runs.ipynb #171fb048
 def bring_home(folder: Path, runs: Path, force: bool = False) -> list[dict]:
     """Copy the runs of a downloaded output into `runs`; rows {stage, run_id, state, outcome, folder}.
 
@@ -134,9 +134,10 @@ def bring_home(folder: Path, runs: Path, force: bool = False) -> list[dict]:
     """
     found = runs_below(folder)
     if not found:
-        raise MissingDataError(f"{folder}: expected run folders (runs/STAGE/ID) in the notebook's output, found none; the "
-                               "notebook ended before its stage began: look at its log")
-    damaged = [f"{path.parent.name}/{path.name}: {', '.join(run_faults(path)[:3])}" for path in found if run_faults(path)]
+        raise MissingDataError(f"{folder}: expected run folders (runs/STAGE/ID) in the notebook's output, found none; "
+                               "the notebook ended before its stage began: look at its log")
+    faults = {path: run_faults(path) for path in found}
+    damaged = [f"{path.parent.name}/{path.name}: {', '.join(wrong[:3])}" for path, wrong in faults.items() if wrong]
     if damaged:
         raise DataError(f"{folder}: the download is not whole: {'; '.join(damaged)}; pull again")
     rows = []

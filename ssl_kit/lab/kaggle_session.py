@@ -91,7 +91,7 @@ def skip_rest() -> None:
     if shell is not None:
         shell.input_transformers_cleanup.append(lambda lines: [])
 
-# %% ../../nbs/lab/kaggle_session.ipynb #865fc54f
+# %% ../../nbs/lab/kaggle_session.ipynb #a3c45d4c
 @dataclass
 class KaggleSession:
     "The run of a stage between `begin` and `finish`."
@@ -129,7 +129,8 @@ class KaggleSession:
         self.active = False
         self._watch.stop()
         executed = kaggle_folder("working") / "__notebook__.ipynb"  # where Kaggle's own papermill writes
-        shutil.copyfile(executed if executed.is_file() else self.target.stage.path, self.target.folder / "notebook.ipynb")
+        source = executed if executed.is_file() else self.target.stage.path
+        shutil.copyfile(source, self.target.folder / "notebook.ipynb")
         close_run(self.target, self.status, time.monotonic() - self._clock, self._watch.peak_bytes, state, error,
                   kaggle=dict(self.facts))
         seal_run(self.target.folder)
@@ -145,7 +146,7 @@ class KaggleSession:
         print(f"\n{self.target.folder}")
         return self.target.run
 
-# %% ../../nbs/lab/kaggle_session.ipynb #06c03848
+# %% ../../nbs/lab/kaggle_session.ipynb #48e7e715
 def _values_given(stages, target: str, profile: str, built: Mapping, values: Mapping, needs: Mapping) -> dict:
     "Values of each stage: those of the build, and what was edited in the notebook since."
     checked = stages[target].resolve(profile, values)
@@ -202,7 +203,7 @@ def begin(stage: str, values: Mapping[str, Any], kit: str | os.PathLike, built: 
     if not _prepare_needs(session, device, deadline):
         skip_rest()
     elif session.target.run.status.get("state") == "finished":
-        print(f"{stage}: finished in a previous version; the cells below are skipped (restart the notebook to see them run)\n")
+        print(f"{stage}: finished in a previous version; the cells below are skipped\n")
         print(results_table([session.target.run]))
         skip_rest()
     else:

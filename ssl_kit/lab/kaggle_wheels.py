@@ -105,7 +105,7 @@ def kit_wheel(folder: str | os.PathLike) -> Path:
             raise StorageError(f"could not write {Path(folder) / made[0].name}: {error.strerror}; free some space, or "
                                "choose another folder") from error
 
-# %% ../../nbs/lab/kaggle_wheels.ipynb #87e5e181
+# %% ../../nbs/lab/kaggle_wheels.ipynb #43da5144
 _PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(35, 4, -1)] + [
     f"{name}_x86_64" for name in ("manylinux2014", "manylinux2010", "manylinux1")]
 
@@ -117,8 +117,8 @@ def find_wheel(folder: Path, name: str, version: str, python: str) -> Path | Non
     tag = "cp" + python.replace(".", "")
     for path in sorted(folder.glob("*.whl")):
         found, has, _, tags = parse_wheel_filename(path.name)
-        fits = any(t.platform == "any" or (t.platform.startswith(("manylinux", "linux")) and t.platform.endswith("x86_64")
-                                           and (t.interpreter == tag or t.abi == "abi3")) for t in tags)
+        fits = any(t.platform == "any" or (t.platform.startswith(("manylinux", "linux")) and t.platform.endswith(
+            "x86_64") and (t.interpreter == tag or t.abi == "abi3")) for t in tags)
         if canonicalize_name(found) == name and str(has) == version and fits:
             return path
     return None
@@ -148,14 +148,14 @@ def _fetched(name: str, version: str, python: str, folder: Path) -> None:
         return
     interpreter = _interpreter(python)
     if interpreter is None or platform.system() != "Linux" or platform.machine() != "x86_64":
-        raise MissingDataError(f"{wanted}: there is no wheel for Python {python} on Linux to download, and compiling one "
-                               f"takes Python {python} on Linux (x86-64), which this machine lacks; put the wheel into a "
-                               f"folder and give it by --wheels. pip said: {got.stderr.strip().splitlines()[-1:]}")
+        raise MissingDataError(f"{wanted}: there is no wheel for Python {python} on Linux to download, and compiling "
+                               f"one takes Python {python} on Linux (x86-64), which this machine lacks; put the wheel "
+                               f"into a folder and give it by --wheels. pip: {got.stderr.strip().splitlines()[-1:]}")
     made = _pip(interpreter, "wheel", "--no-deps", "--wheel-dir", str(folder), wanted)
     if made.returncode:
         last = "\n".join(made.stderr.strip().splitlines()[-4:])
-        raise MissingDataError(f"{wanted}: could be neither downloaded nor compiled (no network, or no C compiler?); put "
-                               f"the wheel into a folder and give it by --wheels. pip said:\n{last}")
+        raise MissingDataError(f"{wanted}: could be neither downloaded nor compiled (no network, or no C compiler?); "
+                               f"put the wheel into a folder and give it by --wheels. pip said:\n{last}")
 
 
 def lacking_wheels(versions: dict[str, str], python: str, given: str | os.PathLike | None = None) -> dict[str, Path]:
@@ -171,8 +171,8 @@ def lacking_wheels(versions: dict[str, str], python: str, given: str | os.PathLi
     for name, version in versions.items():
         path = find_wheel(folder, name, version, python)
         if path is None and given is not None:
-            raise MissingDataError(f"{folder}: expected a wheel of {name} {version} for Python {python} on Linux, found "
-                                   f"none; `pip wheel --no-deps {name}=={version}` makes one")
+            raise MissingDataError(f"{folder}: expected a wheel of {name} {version} for Python {python} on Linux, "
+                                   f"found none; `pip wheel --no-deps {name}=={version}` makes one")
         if path is None:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as temporary:

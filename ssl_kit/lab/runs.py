@@ -266,8 +266,8 @@ def close_run(planned: Planned, status: Mapping, wall_s: float, peak_bytes: int,
     if not (folder / "metrics.json").exists():
         write_json(folder / "metrics.json", {})
     write_json(folder / "provenance.json", _provenance(planned, status["started"], wall_s, peak_bytes) | made_by)
-    write_json(folder / "status.json", dict(status) | {"state": state, "finished": utc_now(), "wall_s": round(wall_s, 3),
-                                                       "error": str(error) if error else None})
+    ended = {"state": state, "finished": utc_now(), "wall_s": round(wall_s, 3), "error": str(error) if error else None}
+    write_json(folder / "status.json", dict(status) | ended)
 
 
 def _attempt(planned: Planned, device: str, deadline: float | None) -> None:
