@@ -263,3 +263,13 @@ def test_stages_are_declared_and_the_review_needs_the_others():
             stage.resolve("quick", {"test_sets": ["mached"]})
         with pytest.raises(ParameterError, match="weights"):
             stage.resolve("quick", {"weights": "trained"})
+
+
+def test_no_two_figures_or_tables_for_the_thesis_share_a_name():
+    import re
+
+    names = []
+    for path in sorted(stages_folder().glob("enhance_*.ipynb")):
+        source = read_stage(path).source
+        names += re.findall(r'save_figure\(fig, "(\w+)"', source) + re.findall(r'"(\w+)\.tex"', source)
+    assert len(names) > 15 and len(names) == len(set(names)), sorted(names)
