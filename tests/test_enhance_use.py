@@ -617,3 +617,14 @@ def test_without_a_checkpoint_the_benchmark_says_fresh(monkeypatch):
     monkeypatch.setattr("ssl_kit.enhance.enhancer.shipped_checkpoint", absent)
     network, weights = bench._network("final_causal")
     assert network.config.causal and "fresh" in weights
+
+
+def test_the_enhancer_gives_a_network_no_more_than_the_clips_it_knows():
+    from ssl_kit.enhance.evaluation import network_function
+
+    torch.manual_seed(0)
+    network = make_network("dpt", d_model=8, heads=2, feedforward=8, blocks=1)
+    noisy = (0.1 * np.random.default_rng(0).standard_normal((1, 48000))).astype(np.float32)
+    through = Enhancer(network, trained_s=1.0).enhance(noisy, 16000)
+    assert np.allclose(through[0], network_function(network, 1.0)(noisy[0]), atol=1e-5)
+    assert not np.allclose(through, Enhancer(network).enhance(noisy, 16000), atol=1e-4)

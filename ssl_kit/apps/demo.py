@@ -98,8 +98,8 @@ def check_header(path, limits: DemoLimits, what: str = "recording") -> AudioInfo
                             "ssl-kit enhance takes files of any size")
         info = audio_info(path)
         if info.duration_s > 60 * limits.max_minutes:
-            raise DataError(f"{path}: expected at most {limits.max_minutes:g} min, found {info.duration_s / 60:.1f} min; "
-                            "cut out a part, or use ssl-kit enhance, which takes hours")
+            raise DataError(f"{path}: expected at most {limits.max_minutes:g} min, found {info.duration_s / 60:.1f} "
+                            "min; cut out a part, or use ssl-kit enhance, which takes hours")
         if info.duration_s < limits.min_seconds:
             raise DataError(f"{path}: too short: expected at least {limits.min_seconds:g} s, found "
                             f"{info.duration_s:.3f} s")

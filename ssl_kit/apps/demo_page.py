@@ -174,8 +174,8 @@ def build_demo_page(service: DemoService, example: tuple | None = None) -> "grad
     with gr.Blocks(title="Speech enhancement", analytics_enabled=False, delete_cache=(600, 3600),
                    fill_width=True) as page:
         gr.Markdown("# Speech out of noise\nA recording of speech in noise in, the speech out. It stays on the machine "
-                    f"that serves this page. Up to {limits.max_minutes:g} minutes and {limits.max_megabytes} MB, any rate "
-                    "from 8 kHz, mono or more channels.")
+                    f"that serves this page. Up to {limits.max_minutes:g} minutes and {limits.max_megabytes} MB, any "
+                    "rate from 8 kHz, mono or more channels.")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 recording = gr.Audio(sources=["upload", "microphone"], type="filepath", label="recording",

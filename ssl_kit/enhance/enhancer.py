@@ -20,6 +20,7 @@ from .checkpoints import load_checkpoint
 from .long_signals import (MIN_RATE_HZ, NETWORK_RATE_HZ, EnhancementChain, StreamedPass,
                                           WindowedPass)
 from .models import EnhancementNetwork
+from .windows import enhance_windows, window_of
 from ..lab.audio import AudioInfo, audio_info, stream_audio
 from ..lab.audio_out import audio_writer, output_format
 from ..lab.errors import DataError, MissingDataError, ParameterError
@@ -62,15 +63,18 @@ _MIN_S = 0.032                              # a window of the transform
 class Enhancer:
     """A network ready for use; `int8`: in 8-bit integers (see `ssl_kit.enhance.int8`).
 
-    name: how messages call it; window_s: what a network that looks ahead hears at once."""
+    name: how messages call it; window_s: what a network that looks ahead hears at once;
+    trained_s: the longest clip that it knows, None for any length (see `enhance.windows`)."""
 
-    def __init__(self, network: EnhancementNetwork, int8: bool = False, name: str = "", window_s: float | None = None):
+    def __init__(self, network: EnhancementNetwork, int8: bool = False, name: str = "", window_s: float | None = None,
+                 trained_s: float | None = None):
         if int8:
             from ssl_kit.enhance.int8 import int8_network
 
             network = int8_network(network)
         self.network, self.int8, self.name = network.eval(), int8, name or network.kind
         self.causal = bool(getattr(network.config, "causal", False))
+        self.trained_s = trained_s
         self.window_s = window_s or _WINDOW_S.get(network.kind, _USUAL_WINDOW_S)
 
     @property
@@ -97,7 +101,11 @@ class Enhancer:
     @torch.inference_mode()
     def _whole(self, samples: np.ndarray) -> np.ndarray:
         "One channel after the other: several at once need more memory and no less time."
-        return np.concatenate([self.network(torch.from_numpy(row[None])).numpy() for row in samples])
+        rows = [torch.from_numpy(row[None]) for row in samples]
+        if self.trained_s is None:
+            return np.concatenate([self.network(row).numpy() for row in rows])
+        overlap_s = min(0.5, self.trained_s / 4)                     # as in enhance.evaluation
+        return np.concatenate([enhance_windows(self.network, row, self.trained_s, overlap_s).numpy() for row in rows])
 
     def enhance(self, samples: np.ndarray, sample_rate: int, strength: float = 1.0, progress=None) -> np.ndarray:
         """Enhanced samples, float32, for floats (channel, sample) of full scale 1 and at least 8 kHz; the same shape.
@@ -205,4 +213,5 @@ def _reporting(progress, info: AudioInfo):
 # %% ../../nbs/enhance/enhancer.ipynb #3c203a1f
 def load_enhancer(model: str | os.PathLike = "final", int8: bool = False) -> Enhancer:
     "An `Enhancer` by the name of a shipped model or the folder of a checkpoint; errors as `checkpoint_folder`."
-    return Enhancer(load_checkpoint(checkpoint_folder(model))[0], int8, str(model))
+    network, about = load_checkpoint(checkpoint_folder(model))
+    return Enhancer(network, int8, str(model), trained_s=window_of(network.kind, about))

@@ -85,8 +85,10 @@ def make_streams(recipe: EnhanceRecipe, speech: str = "embedded", speeds=(1.0,),
 
 def valid_window(recipe: EnhanceRecipe) -> int | None:
     "Samples that validation runs at once: transformers know no positions beyond their clips'."
+    from ssl_kit.enhance.windows import WINDOWED_KINDS
+
     window = round(recipe.clip_s * 16000)
-    return window if recipe.kind in ("mel", "stft", "dpt") and window < 48000 and 48000 % window == 0 else None
+    return window if recipe.kind in WINDOWED_KINDS and window < 48000 and 48000 % window == 0 else None
 
 # %% ../../nbs/enhance/train_command.ipynb #64ca49de
 _EXAMPLE = """examples:
