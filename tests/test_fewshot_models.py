@@ -207,7 +207,7 @@ def test_gaps_are_what_is_left(spans, shortest):
 
 @pytest.fixture(scope="module")
 def scapes(tmp_path_factory):
-    config = DatasetConfig("synthetic", 4, 2, 0, 0, 48, SoundscapeConfig(40.0))
+    config = DatasetConfig("synthetic", 3, 2, 0, 0, 48, SoundscapeConfig(40.0))
     root = compose_dataset(tmp_path_factory.mktemp("scapes"), config)
     recordings = load_split(root, "train")
     export_features([recording.audio for recording in recordings])

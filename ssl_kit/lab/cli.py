@@ -35,6 +35,7 @@ COMMANDS = {
     "route": ("ssl_kit.routing.route_command", "say which of your predictions to trust, from their scores"),
     "page": ("ssl_kit.apps.route_page", "a page: a recording in, both answers and whom to trust out"),
     "train-enhance": ("ssl_kit.enhance.train_command", "train a speech enhancer, from speech and noise to a model"),
+    "fewshot": ("ssl_kit.fewshot.command", "five calls in, all the others of the recording out"),
     "doctor": ("ssl_kit.lab.doctor", "say whether this machine is ready, and what is missing"),
 }
 _EPILOG = "example: ssl-kit run routing_study -p corpus=librispeech   (ssl-kit COMMAND --help shows more)"
