@@ -80,15 +80,15 @@ def test_normalisation_happens_once_and_inside():
 @pytest.mark.parametrize("version", VERSIONS)
 def test_one_pass_equals_the_network_on_the_whole_and_blocks_leave_no_seam(version):
     network = eval_network(version)
-    frames = np.random.default_rng(0).standard_normal((4096 + 808, 128)).astype(np.float32)
+    frames = np.random.default_rng(0).standard_normal((2048 + 808, 128)).astype(np.float32)
     with torch.no_grad():
         whole = network.maps(torch.from_numpy(frames[None]))[0]
     expected = whole.unflatten(-1, (8, 2)).mean(-1).permute(1, 0, 2).flatten(1)
     maps = recording_maps(network, frames)
     np.testing.assert_allclose(maps.averages, expected, atol=2e-5)
     # windows whose borders fall on map frames are plain means
-    found = embed_windows(network, maps, [4096 - 64, 800], 32)
-    for row, start in zip(found, (4096 - 64, 800), strict=True):
+    found = embed_windows(network, maps, [2048 - 64, 800], 32)
+    for row, start in zip(found, (2048 - 64, 800), strict=True):
         part = whole[None, :, start // 8:(start + 32) // 8]
         pooled = part.unflatten(-1, (8, 2)).mean(-1)
         with torch.no_grad():
@@ -207,7 +207,7 @@ def test_gaps_are_what_is_left(spans, shortest):
 
 @pytest.fixture(scope="module")
 def scapes(tmp_path_factory):
-    config = DatasetConfig("synthetic", 4, 2, 0, 0, 48, SoundscapeConfig(40.0))
+    config = DatasetConfig("synthetic", 3, 2, 0, 0, 48, SoundscapeConfig(40.0))
     root = compose_dataset(tmp_path_factory.mktemp("scapes"), config)
     recordings = load_split(root, "train")
     export_features([recording.audio for recording in recordings])

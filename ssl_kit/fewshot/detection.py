@@ -161,7 +161,7 @@ class PrototypeScorer:
                                   in zip((positive, negative), sums, weights, strict=True))
         return positive, negative
 
-# %% ../../nbs/fewshot/detection.ipynb #46cee5a0
+# %% ../../nbs/fewshot/detection.ipynb #ef623848
 def cross_correlation(template: np.ndarray, frames: np.ndarray) -> np.ndarray:
     "Normalised cross-correlation of (n, band) with each window of (frame, band): (frame - n + 1,), from -1 to 1."
     from scipy.signal import oaconvolve
@@ -181,6 +181,7 @@ def template_scores(frames: np.ndarray, shots: ShotFrames) -> np.ndarray:
     "Score (frame,): the best correlation over the shots of the windows that cover a frame."
     from scipy.ndimage import maximum_filter1d
 
+    frames = frames - np.median(frames, axis=0)
     best = np.zeros(len(frames))
     for first, last in shots.spans:
         n = last - first

@@ -53,7 +53,7 @@ class EncoderConfig:
         "Length of an embedding."
         return self.channels[-1] * self.pool_time * self.pool_bands
 
-# %% ../../nbs/fewshot/encoder.ipynb #9fa3ca5e
+# %% ../../nbs/fewshot/encoder.ipynb #df2f5f91
 class _Block(nn.Module):
     "(batch, n_in, frame, band) to (batch, n_out, frame / 2, band / 2)."
 
@@ -71,8 +71,8 @@ class _Block(nn.Module):
         for k, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             y = norm(conv(y))
             if k < len(self.convs) - 1:
-                y = F.leaky_relu(y, 0.1)
-        y = F.leaky_relu(y + self.shortcut(x), 0.1)
+                y = F.leaky_relu(y, 0.1, inplace=True)  # maps of an hour are gigabytes: none is made twice
+        y = F.leaky_relu(y.add_(self.shortcut(x)), 0.1, inplace=True)
         return self.dropout(F.max_pool2d(y, 2))
 
 # %% ../../nbs/fewshot/encoder.ipynb #f46ae289
@@ -146,8 +146,8 @@ class Encoder(nn.Module):
         pooled = F.adaptive_avg_pool2d(x, (self.config.pool_time, self.config.pool_bands))
         return self.weigh(pooled, x.mean((2, 3)), x.amax((2, 3)))
 
-# %% ../../nbs/fewshot/encoder.ipynb #2e4247b8
-_HALO, _BLOCK = 56, 4096  # frames: what a map frame can see on each side, and what is done at once
+# %% ../../nbs/fewshot/encoder.ipynb #eb57c182
+_HALO, _BLOCK = 56, 2048  # frames: what a map frame can see on each side, and what is done at once
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,8 +59,8 @@ def find_events(score: np.ndarray, shots: Sequence[Event], frame_rate_hz: float,
     events[:, 0] = events[:, 0].clip(min=0) if len(events) else events[:, 0]
     return events[events[:, 0] >= max(shot.end_s for shot in shots)]
 
-# %% ../../nbs/fewshot/events.ipynb #0de3f6ae
-THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+# %% ../../nbs/fewshot/events.ipynb #f83c24a3
+THRESHOLDS = (*(k / 25 for k in range(1, 25)), 0.98, 0.99)
 SHORTEST, BRIDGES = (0.2, 0.4, 0.6), (0.0, 0.3, 0.6)
 
 
@@ -125,7 +125,7 @@ def write_raven(path, events: Sequence, low_hz: float = 50.0, high_hz: float = 1
             for number, (start, end) in enumerate(np.asarray(events).reshape(-1, 2), 1)]
     return write_text(path, "".join("\t".join(row) + "\n" for row in [header, *rows]))
 
-# %% ../../nbs/fewshot/events.ipynb #f986ca22
+# %% ../../nbs/fewshot/events.ipynb #817b233b
 def plot_detection(frames: np.ndarray, score: np.ndarray, events: Sequence, preprocessing, shots: Sequence[Event] = (),
                    truth: Sequence[Event] = (), threshold: float | None = None, start_s: float = 0.0,
                    end_s: float | None = None):
@@ -140,6 +140,7 @@ def plot_detection(frames: np.ndarray, score: np.ndarray, events: Sequence, prep
     top.imshow(part.T, origin="lower", aspect="auto", cmap="magma", interpolation="nearest",
                extent=(start_s, end_s, 0, frames.shape[1]), vmin=np.percentile(part, 5), vmax=np.percentile(part, 99.8))
     top.set_ylabel("mel band")
+    top.grid(False)
     rows = {"found": (np.asarray(events).reshape(-1, 2), PALETTE[1]),
             "truth": ([(event.start_s, event.end_s) for event in truth], PALETTE[2]),
             "shots": ([(event.start_s, event.end_s) for event in shots], PALETTE[0])}
