@@ -99,7 +99,7 @@ def measure_in_turn(fn: Callable[[], Any], peer_fn: Callable[[], Any] | None = N
 # %% ../../nbs/lab/bench.ipynb #f5302115
 BENCHES = {"srp": "ssl_kit.localize.srp_bench:bench_srp", "rooms": "ssl_kit.arrays.rooms_bench:bench_rooms",
            "routing": "ssl_kit.routing.bench:bench_routing", "enhance": "ssl_kit.enhance.bench:bench_enhance",
-           "features": "ssl_kit.fewshot.bench:bench_features"}
+           "features": "ssl_kit.fewshot.bench:bench_features", "detect": "ssl_kit.fewshot.bench:bench_detect"}
 
 
 def run_benchmark(name: str, quick: bool = False) -> list[BenchResult]:
