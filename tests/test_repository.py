@@ -16,7 +16,7 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpo
 # Which tracks a track may import; modules of another track are named as text where a registry needs them.
 LAYERS = {"lab": {"lab"}, "arrays": {"lab", "arrays"}, "localize": {"lab", "arrays", "localize"},
           "nearfield": {"lab", "arrays", "nearfield"}, "routing": {"lab", "routing"}, "enhance": {"lab", "enhance"},
-          "fewshot": {"lab", "fewshot"}, "apps": {"lab", "arrays", "localize", "routing", "apps"}}
+          "fewshot": {"lab", "fewshot"}, "apps": {"lab", "arrays", "localize", "routing", "enhance", "apps"}}
 EXCEPTIONS = {("routing", "arrays.angles")}  # the circle
 name_of = dict(argnames="path", ids=lambda path: path.relative_to(ROOT).as_posix())
 
@@ -154,7 +154,7 @@ def test_readme_points_at_files_that_exist():
             assert (ROOT / target).is_file(), target
     from ssl_kit.lab.cli import COMMANDS
 
-    for command in re.findall(r"`ssl-kit (\w+)", text):
+    for command in re.findall(r"`ssl-kit ([\w-]+)", text):
         assert command in COMMANDS, f"README speaks of ssl-kit {command}"
 
 
