@@ -180,6 +180,8 @@ def test_correlation_is_that_of_numpy_and_blind_to_gain():
     found = cross_correlation(frames[20:30], frames)
     slow = [np.corrcoef(frames[20:30].ravel(), frames[t:t + 10].ravel())[0, 1] for t in range(111)]
     np.testing.assert_allclose(found, slow, atol=1e-6)
+    assert found[70] > 0.9999
+    frames[70:80] = frames[20:30] + 4  # louder: an offset of the logarithm
     score = template_scores(frames, ShotFrames(((20, 30),), (), 10, 3, 30))
     assert (score[70:80] > 0.999).all() and (score[20:30] > 0.999).all() and max(score[69], score[80]) < 0.99
     assert np.isfinite(cross_correlation(np.zeros((4, 3)), np.zeros((20, 3)))).all()
@@ -272,7 +274,7 @@ def test_a_picture_has_what_it_is_given(frames):
 
 @pytest.fixture(scope="module")
 def scapes(tmp_path_factory):
-    config = DatasetConfig("synthetic", 2, 1, 1, 1, 48, SoundscapeConfig(16.0, 8, 4))
+    config = DatasetConfig("synthetic", 2, 1, 1, 1, 36, SoundscapeConfig(20.0, 8, 4))
     root = compose_dataset(tmp_path_factory.mktemp("scapes"), config)
     splits = {split: load_split(root, split) for split in ("val", "test")}
     export_features([recording.audio for part in splits.values() for recording in part], top=root)

@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..lab.errors import DataError, ParameterError
 
-# %% ../../nbs/fewshot/encoder.ipynb #32e1b8be
+# %% ../../nbs/fewshot/encoder.ipynb #afa7339b
 VERSIONS = ("v1", "v2")
 
 
@@ -37,8 +37,8 @@ class EncoderConfig:
         if self.version not in VERSIONS:
             raise ParameterError(f"version {self.version!r}: expected one of {', '.join(VERSIONS)}")
         if not self.channels or min(self.channels) < 1 or self.n_mels % (2 ** len(self.channels)):
-            raise ParameterError(f"channels: expected at least one block, and n_mels = {self.n_mels} divisible by 2 for "
-                                 f"each, found {self.channels}")
+            raise ParameterError(f"channels: expected at least one block, and n_mels = {self.n_mels} divisible by 2 "
+                                 f"for each, found {self.channels}")
         if (self.n_mels >> len(self.channels)) % self.pool_bands:
             raise ParameterError(f"pool_bands: expected a divisor of {self.n_mels >> len(self.channels)}, found "
                                  f"{self.pool_bands}")
@@ -146,13 +146,13 @@ class Encoder(nn.Module):
         pooled = F.adaptive_avg_pool2d(x, (self.config.pool_time, self.config.pool_bands))
         return self.weigh(pooled, x.mean((2, 3)), x.amax((2, 3)))
 
-# %% ../../nbs/fewshot/encoder.ipynb #eb57c182
+# %% ../../nbs/fewshot/encoder.ipynb #bb992a24
 _HALO, _BLOCK = 56, 2048  # frames: what a map frame can see on each side, and what is done at once
 
 
 @dataclass(frozen=True, eq=False)
 class RecordingMaps:
-    "Maps of a recording: averages (map frame, channel * pool_bands) and, for v2, maxima over bands (map frame, channel)."
+    "Maps of a recording: averages (map frame, channel * pool_bands); for v2, maxima over bands (map frame, channel)."
     averages: torch.Tensor
     largest: torch.Tensor | None
     n_frames: int

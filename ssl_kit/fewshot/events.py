@@ -18,7 +18,7 @@ from .annotations import Event, Recording, write_table
 from .evaluation import Counts, evaluate_recording, score_counts
 from ..lab.errors import DataError, ParameterError
 
-# %% ../../nbs/fewshot/events.ipynb #f23bc3b0
+# %% ../../nbs/fewshot/events.ipynb #95c4f934
 @dataclass(frozen=True)
 class EventRule:
     "How scores become events; lengths are shares of the mean length of the shots."
@@ -54,7 +54,8 @@ def find_events(score: np.ndarray, shots: Sequence[Event], frame_rate_hz: float,
     if not np.isfinite(score).all():
         raise DataError("score: expected finite numbers, found NaN or infinite ones")
     mean_frames = np.mean([shot.end_s - shot.start_s for shot in shots]) * frame_rate_hz
-    runs = score_runs(score, rule.threshold, round(rule.bridge * mean_frames), max(1, round(rule.shortest * mean_frames)))
+    runs = score_runs(score, rule.threshold, round(rule.bridge * mean_frames),
+                      max(1, round(rule.shortest * mean_frames)))
     events = (runs - 0.5) / frame_rate_hz  # frame k is centred on k / rate
     events[:, 0] = events[:, 0].clip(min=0) if len(events) else events[:, 0]
     return events[events[:, 0] >= max(shot.end_s for shot in shots)]
@@ -81,7 +82,7 @@ def choose_rule(recordings: Sequence[Recording], scores: Sequence[np.ndarray], f
             best = reached, rule
     return best[1], best[0][0]
 
-# %% ../../nbs/fewshot/events.ipynb #8fe29445
+# %% ../../nbs/fewshot/events.ipynb #0ace1d8c
 def write_predictions(path, events: Mapping[str, Sequence]) -> Path:
     "DCASE's table: {name of the audio file: events (event, 2)} as Audiofilename, Starttime, Endtime."
     return write_table(path, [[name, f"{start:.4f}", f"{end:.4f}"] for name in sorted(events)
@@ -101,7 +102,8 @@ def read_predictions(path) -> dict[str, np.ndarray]:
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         if not {"Audiofilename", "Starttime", "Endtime"} <= set(reader.fieldnames or ()):
-            raise DataError(f"{path}: expected the columns Audiofilename, Starttime, Endtime, found {reader.fieldnames}")
+            raise DataError(f"{path}: expected the columns Audiofilename, Starttime, Endtime, found "
+                            f"{reader.fieldnames}")
         found: dict[str, list] = {}
         for number, row in enumerate(reader, 2):
             try:

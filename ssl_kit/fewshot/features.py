@@ -127,7 +127,7 @@ def _pcen_blocks(samples: np.ndarray, config: FeatureConfig):
         level = torch.from_numpy(mean).div_(eps).log1p_().add_(np.log(eps)).mul_(-gain).exp_()
         yield start, mel.mul_(level).div_(bias).log1p_().mul_(power).expm1_().mul_(bias ** power)
 
-# %% ../../nbs/fewshot/features.ipynb #9a51b425
+# %% ../../nbs/fewshot/features.ipynb #8b0831f1
 def compute_features(samples: np.ndarray, config: FeatureConfig | None = None) -> np.ndarray:
     """Frames (frame, n_mels), float32, of mono samples (sample,) at `config.sample_rate`.
 
@@ -135,7 +135,8 @@ def compute_features(samples: np.ndarray, config: FeatureConfig | None = None) -
     config = config or FeatureConfig()
     samples = np.asarray(samples, np.float32)
     if samples.ndim != 1:
-        raise ParameterError(f"samples: expected mono (sample,), found shape {samples.shape}; take the mean of channels")
+        raise ParameterError(f"samples: expected mono (sample,), found shape {samples.shape}; take the mean of "
+                             f"channels")
     check_audio(samples, "samples", sample_rate=config.sample_rate)
     samples = samples / np.abs(samples).max()
     out = np.empty((config.n_frames(len(samples)), config.n_mels), np.float32)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..lab.errors import ParameterError
 
-# %% ../../nbs/fewshot/prototypes.ipynb #cfdb6075
+# %% ../../nbs/fewshot/prototypes.ipynb #d7877fd2
 def squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     "Squared Euclidean distances of rows (n, d) and (m, d): (n, m), not below 0."
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
@@ -32,7 +32,7 @@ def prototypical_loss(positive: torch.Tensor, query: torch.Tensor,
                       negative: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean loss, and the share of queries nearest to their own prototype.
 
-    positive, query, negative: embeddings (class, shot, d) of shots, queries (positives) and what surrounds the calls."""
+    positive, query, negative: embeddings (class, shot, d) of shots, queries (positives) and the calls' surroundings."""
     prototypes = interleaved_prototypes(positive, negative)
     per_class = 1 if negative is None else 2
     logits = -squared_distances(query.flatten(0, 1), prototypes)
