@@ -38,11 +38,11 @@ def steering_tensors(angles: torch.Tensor, positions: torch.Tensor, wavelength_m
     a = torch.polar(torch.ones_like(difference), -factor * difference)[..., None, :]
     return torch.cat([a, a * torch.complex(torch.zeros_like(slopes), -factor * slopes)], -2)
 
-# %% ../../nbs/nearfield/likelihood.ipynb #0b579ba0
+# %% ../../nbs/nearfield/likelihood.ipynb #dec5598a
 @dataclass(frozen=True, eq=False)
 class Fit:
     "Sources and noise of scenes under the model, and how well they explain y; k sources in all of them."
-    sensing: torch.Tensor     # complex (scene, L M, N): G
+    sensing: torch.Tensor     # complex (scene, L M, N): G; single precision is enough for b = G a
     y: torch.Tensor           # complex (scene, L, M)
     positions: torch.Tensor   # float64 (N, 3), m
     wavelength_m: float
@@ -84,17 +84,18 @@ def start_fit(sensing: torch.Tensor, y: torch.Tensor, surface: Surface) -> Fit:
         raise DataError("y: expected a signal in every scene, found zeros")
     n = len(y)
     scaled = (y / power.sqrt()[:, None, None]).to(torch.complex128)
-    return Fit(sensing.reshape(n, -1, sensing.shape[-1]).to(torch.complex128), scaled,
+    return Fit(sensing.reshape(n, -1, sensing.shape[-1]), scaled,
                torch.from_numpy(surface.positions_m), surface.wavelength_m, torch.zeros(n, 0, 3, dtype=torch.float64),
                torch.zeros(n, 0, dtype=torch.float64), torch.zeros(n, dtype=torch.float64))
 
-# %% ../../nbs/nearfield/likelihood.ipynb #5127ca04
+# %% ../../nbs/nearfield/likelihood.ipynb #9a978278
 def seen_waves(fit: Fit, derivatives: bool = False) -> torch.Tensor:
     "b and, after it, its derivatives by φ, θ and 1/r: (scene, L, M, 4 k) or (scene, L, M, k)."
     n_scenes, n_snapshots, n_antennas = fit.y.shape
     waves = steering_tensors(fit.angles, fit.positions, fit.wavelength_m)  # (scene, k, 4, N)
     waves = waves.transpose(1, 2) if derivatives else waves[:, :, :1].transpose(1, 2)
-    seen = fit.sensing @ waves.reshape(n_scenes, -1, waves.shape[-1]).mT
+    flat = waves.reshape(n_scenes, -1, waves.shape[-1]).mT
+    seen = (fit.sensing @ flat.to(fit.sensing.dtype)).to(torch.complex128)
     return seen.reshape(n_scenes, n_snapshots, n_antennas, -1)
 
 

@@ -18,7 +18,7 @@ from .sample_covariance import near_field_grid
 from .scenes import MAX_SOURCES, SceneBatch
 from .steering import steering, steering_and_derivatives
 
-# %% ../../nbs/nearfield/nls_omp.ipynb #9645ff94
+# %% ../../nbs/nearfield/nls_omp.ipynb #bef3d9bd
 @dataclass(frozen=True)
 class OMPConfig:
     "The grid of the greedy search, even in sin φ, sin θ and 1/r, and the Gauss-Newton steps after each source."
@@ -37,7 +37,7 @@ class OMPConfig:
 @lru_cache(maxsize=2)
 def _grid(surface: Surface, config: OMPConfig) -> tuple[np.ndarray, np.ndarray]:
     grid = near_field_grid(surface, config.field_of_view, config.n_phi, config.n_theta, config.n_range)
-    return grid, np.ascontiguousarray(steering(grid, surface, dtype=np.complex64).T)
+    return grid, np.ascontiguousarray(steering(grid, surface).T)
 
 # %% ../../nbs/nearfield/nls_omp.ipynb #a160a637
 def _least_squares(sensing: np.ndarray, y: np.ndarray, sources: np.ndarray, surface: Surface):
@@ -78,7 +78,7 @@ def joint_nls(sensing: np.ndarray, y: np.ndarray, sources: np.ndarray, surface: 
             damping *= 10
     return sources, cost
 
-# %% ../../nbs/nearfield/nls_omp.ipynb #361ad7bc
+# %% ../../nbs/nearfield/nls_omp.ipynb #b1618f45
 def bic(cost: float, k: int, n_snapshots: int, n_antennas: int) -> float:
     "n log(cost/n) + (3 + 2L)k log n, n = 2LM real measurements."
     n = 2 * n_snapshots * n_antennas
@@ -101,14 +101,13 @@ def _one(batch: SceneBatch, scene: int, k_given: int | None, config: OMPConfig) 
     grid, atoms = _grid(batch.surface, config)
     y = batch.y[scene].astype(np.complex128)
     n_snapshots, n_antennas = y.shape
-    sensing = batch.channel[scene][None] * batch.codes[scene][:, None]
+    sensing = (batch.channel[scene][None] * batch.codes[scene][:, None]).astype(np.complex128)
     dictionary = (sensing.reshape(-1, sensing.shape[-1]) @ atoms).reshape(n_snapshots, n_antennas, -1)
     norms = (np.abs(dictionary) ** 2).sum(axis=1)
-    sensing = sensing.astype(np.complex128)
     sources, residual, cost = np.zeros((0, 3)), y, float((np.abs(y) ** 2).sum())
     best, scores = sources, [bic(cost, 0, n_snapshots, n_antennas)]
     for k in range(1, (k_given if k_given is not None else config.max_sources) + 1):
-        match = np.abs((residual.conj().astype(np.complex64)[:, None] @ dictionary)[:, 0]) ** 2 / norms
+        match = np.abs((residual.conj()[:, None] @ dictionary)[:, 0]) ** 2 / norms
         sources = np.vstack([sources, grid[match.sum(axis=0).argmax()]])
         sources, cost = joint_nls(sensing, y, sources, batch.surface, config.field_of_view, config.iterations)
         residual, _ = _least_squares(sensing, y, sources, batch.surface)
