@@ -11,8 +11,19 @@ from hypothesis import strategies as st
 from ssl_kit.lab.errors import DataError, ParameterError
 from ssl_kit.nearfield.covariance import effective_covariance
 from ssl_kit.nearfield.guardrail import Guardrail, guarded_estimate, objection
-from ssl_kit.nearfield.losses import (PHASES, aux_costs, aux_loss, blobs, chamfer_angles, covariance_nmse, focal_heatmap,
-                                      orthogonality, peak_contrast, phase_weights, subspace_loss)
+from ssl_kit.nearfield.losses import (
+    PHASES,
+    aux_costs,
+    aux_loss,
+    blobs,
+    chamfer_angles,
+    covariance_nmse,
+    focal_heatmap,
+    orthogonality,
+    peak_contrast,
+    phase_weights,
+    subspace_loss,
+)
 from ssl_kit.nearfield.search import SearchConfig
 from ssl_kit.nearfield.spectra import PlaneGrid
 
@@ -50,8 +61,10 @@ def test_angles_are_wrapped_and_ranges_compared_by_ratio():
     other = torch.zeros(1, 5, 3) + torch.tensor([-3.1, 0.0, 2.0])
     angles, _ = aux_costs(other, true)
     assert angles.max() < 0.1
-    near, far = (aux_costs(torch.tensor([0.0, 0, 1.1 * r]).expand(1, 5, 3), torch.tensor([0.0, 0, r]).expand(1, 5, 3))[1]
-                 for r in (1.0, 8.0))
+    def at(r):
+        return torch.tensor([0.0, 0, r]).expand(1, 5, 3)
+
+    near, far = (aux_costs(at(1.1 * r), at(r))[1] for r in (1.0, 8.0))
     assert torch.allclose(near, far, rtol=1e-4)
 
 
@@ -91,7 +104,8 @@ def test_blobs_and_focal_loss():
     true = torch.zeros(1, 5, 3)
     true[0, 0] = torch.tensor([phi[40], theta[10], 2.0])
     target = blobs(true, torch.tensor([1]), phi, theta)
-    assert target.shape == (1, 61, 41) and target.max() == 1 and np.unravel_index(int(target[0].argmax()), (61, 41)) == (40, 10)
+    assert target.shape == (1, 61, 41) and target.max() == 1
+    assert np.unravel_index(int(target[0].argmax()), (61, 41)) == (40, 10)
     assert focal_heatmap(30 * (target - 0.5), target) < focal_heatmap(torch.zeros_like(target), target)
 
 

@@ -7,8 +7,16 @@ from hypothesis import strategies as st
 
 from ssl_kit.lab.errors import DataError, ParameterError
 from ssl_kit.nearfield.geometry import sources_at
-from ssl_kit.nearfield.metrics import (Tolerance, evaluate, gospa, hits, match_sources, over_bound, pair_errors,
-                                       peak_to_sidelobe_db)
+from ssl_kit.nearfield.metrics import (
+    Tolerance,
+    evaluate,
+    gospa,
+    hits,
+    match_sources,
+    over_bound,
+    pair_errors,
+    peak_to_sidelobe_db,
+)
 
 NONE = np.zeros((0, 3))
 source = st.tuples(st.floats(-1, 1), st.floats(-0.5, 0.5), st.floats(0.5, 10))
@@ -37,7 +45,8 @@ def test_golden_scene():
 def test_gospa_golden_values():
     a, b = at([0, 0, 1]), at([0, 0, 2])
     assert gospa(a, b, cutoff_m=2.0)["gospa"] == pytest.approx(1.0, abs=1e-12)
-    assert gospa(a, b, cutoff_m=0.5) == pytest.approx({"gospa": 0.5, "localization": 0, "missed": 0.125, "false": 0.125})
+    far = {"gospa": 0.5, "localization": 0, "missed": 0.125, "false": 0.125}
+    assert gospa(a, b, cutoff_m=0.5) == pytest.approx(far)
     assert gospa(a, NONE, cutoff_m=2.0)["gospa"] == pytest.approx(np.sqrt(2), abs=1e-12)
     assert gospa(NONE, NONE)["gospa"] == 0
     assert gospa(a, b, p=1.0)["gospa"] == pytest.approx(1.0, abs=1e-12)
@@ -91,7 +100,8 @@ def test_empty_and_perfect():
 
 def test_invalid_input_is_refused():
     a = at([0, 0, 2.0])
-    for bad, text in (([[30.0, 10.0, 2.0]], "radians"), ([[0.1, 0.2]], r"\(\.\.\., 3\)"), ([0.1, 0.2, 1.0], r"\(K, 3\)")):
+    for bad, text in (([[30.0, 10.0, 2.0]], "radians"), ([[0.1, 0.2]], r"\(\.\.\., 3\)"),
+                      ([0.1, 0.2, 1.0], r"\(K, 3\)")):
         with pytest.raises(DataError, match=text):
             hits(a, bad)
     with pytest.raises(DataError, match="scenes"):

@@ -12,10 +12,26 @@ from ssl_kit.nearfield.covariance import effective_covariance, effective_factor
 from ssl_kit.nearfield.geometry import FieldOfView, Surface
 from ssl_kit.nearfield.metrics import evaluate
 from ssl_kit.nearfield.scenes import SceneConfig, draw_scenes, true_factor
-from ssl_kit.nearfield.search import (SearchConfig, best_over_ranges, estimate_from_map, level_to_pass, local_maxima,
-                                      localize_capon, refine_peaks, suppress)
-from ssl_kit.nearfield.spectra import (PlaneGrid, bartlett, capon, capon_dense, estimate_order, matched_field, music,
-                                       projected_power)
+from ssl_kit.nearfield.search import (
+    SearchConfig,
+    best_over_ranges,
+    estimate_from_map,
+    level_to_pass,
+    local_maxima,
+    localize_capon,
+    refine_peaks,
+    suppress,
+)
+from ssl_kit.nearfield.spectra import (
+    PlaneGrid,
+    bartlett,
+    capon,
+    capon_dense,
+    estimate_order,
+    matched_field,
+    music,
+    projected_power,
+)
 from ssl_kit.nearfield.steering import steering
 
 SURFACE, GRID = Surface(), PlaneGrid(41, 21)

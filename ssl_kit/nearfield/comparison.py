@@ -69,9 +69,9 @@ METHODS: dict[str, Callable[[SceneBatch], list[Estimate]]] = {
 }
 BLIND = ("likelihood", "NLS-OMP, BIC", "Capon, ALS", "Capon, SBL", "matched field")
 
-# %% ../../nbs/nearfield/comparison.ipynb #315d92b0
+# %% ../../nbs/nearfield/comparison.ipynb #eabbbb72
 def compare_methods(batch: SceneBatch, methods: Sequence[str], tolerance: Tolerance | None = None) -> pd.DataFrame:
-    """A row per method and true source: method, scene, k, snr_db, hit, errors (NaN unmatched), bounds, n_found, seconds.
+    """A row per method and true source: method, scene, k, snr_db, hit, errors (NaN unmatched), bounds, n_found.
 
     seconds is processor time per scene. ParameterError for an unknown method.
     """
@@ -100,7 +100,7 @@ _ERRORS = ("phi_error_deg", "theta_error_deg", "range_error_m", "xyz_error_m")
 
 
 def summarize_methods(table: pd.DataFrame, by: Sequence[str] = ("method",), seed: int = 0) -> pd.DataFrame:
-    """A row per group of `compare_methods`: recall with interval, precision, right_count, medians and their ratio to the
+    """A row per group of `compare_methods`: recall with interval, precision, right_count, medians, their ratio to the
     bound's (0.6745 of its median; a source that was not found counts as infinitely far off), milliseconds a scene."""
     rows = []
     for key, part in table.groupby(list(by), sort=False):
@@ -115,6 +115,8 @@ def summarize_methods(table: pd.DataFrame, by: Sequence[str] = ("method",), seed
         for error, bound in (("phi_error_deg", "phi_bound_deg"), ("theta_error_deg", "theta_bound_deg"),
                              ("range_error_m", "range_bound_m"), ("xyz_error_m", "xyz_bound_m")):
             median = np.median(part[error].fillna(np.inf))
-            row |= {f"median_{error}": median, f"{error}_over_bound": median / (MEDIAN_OF_NORMAL * part[bound].median())}
-        rows.append(row | {"ms_a_scene": 1e3 * part.seconds.mean(), "scenes": part.scene.nunique(), "sources": len(part)})
+            efficient = MEDIAN_OF_NORMAL * part[bound].median()
+            row |= {f"median_{error}": median, f"{error}_over_bound": median / efficient}
+        rows.append(row | {"ms_a_scene": 1e3 * part.seconds.mean(), "scenes": part.scene.nunique(),
+                           "sources": len(part)})
     return pd.DataFrame(rows)

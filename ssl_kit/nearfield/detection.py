@@ -93,12 +93,13 @@ def add_best(fit: Fit, grid_angles: torch.Tensor, gain: torch.Tensor, power: tor
     return fit.changed(angles=torch.cat([fit.angles, grid_angles[best]], 1),
                        log_power=torch.cat([fit.log_power, power.gather(1, best).double().log()], 1))
 
-# %% ../../nbs/nearfield/detection.ipynb #69233913
+# %% ../../nbs/nearfield/detection.ipynb #97fb64d4
 _CLEAR = 100.0    # nats: with more evidence, and apart, a source is not doubted
 _BEAM_RAD = 0.33  # two beamwidths λ/(n d) of 12 elements half a wavelength apart
 
 
-def detect(batch: SceneBatch, config: DetectorConfig | None = None, n_sources: np.ndarray | None = None) -> list[Estimate]:
+def detect(batch: SceneBatch, config: DetectorConfig | None = None,
+           n_sources: np.ndarray | None = None) -> list[Estimate]:
     "One Estimate per scene. With `n_sources` (scene,) given, so many are taken and the threshold is not asked."
     config = config or DetectorConfig()
     estimates: list[Estimate] = []
@@ -155,7 +156,8 @@ def _scattered(part: Fit, rows: torch.Tensor, n_scenes: int, whole: Fit) -> Fit:
         return part
     k = part.angles.shape[1]
     angles, power = torch.ones(n_scenes, k, 3, dtype=torch.float64), torch.zeros(n_scenes, k, dtype=torch.float64)
-    return whole.changed(angles=angles.index_put((rows,), part.angles), log_power=power.index_put((rows,), part.log_power),
+    return whole.changed(angles=angles.index_put((rows,), part.angles),
+                         log_power=power.index_put((rows,), part.log_power),
                          log_noise=whole.log_noise.index_put((rows,), part.log_noise))
 
 

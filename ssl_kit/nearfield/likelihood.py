@@ -14,11 +14,11 @@ import torch
 from ..lab.errors import DataError
 from .geometry import FieldOfView, Surface
 
-# %% ../../nbs/nearfield/likelihood.ipynb #2304a420
+# %% ../../nbs/nearfield/likelihood.ipynb #08492fb6
 def steering_tensors(angles: torch.Tensor, positions: torch.Tensor, wavelength_m: float) -> torch.Tensor:
-    """Exact steering and its derivatives by φ, θ (rad) and 1/r (1/m), complex128 (..., 4, N), of angles (..., 3): φ, θ, 1/r.
+    """Exact steering and its derivatives by φ, θ (rad) and 1/r (1/m), complex128 (..., 4, N).
 
-    positions: float64 (N, 3) in metres. What `steering_and_derivatives` computes, for tensors.
+    angles (..., 3): φ, θ, 1/r; positions: float64 (N, 3) in metres.
     """
     phi, theta, w = angles.unbind(-1)
     r = 1 / w
@@ -159,14 +159,15 @@ def score_and_information(fit: Fit) -> tuple[torch.Tensor, torch.Tensor, torch.T
     last = cy - (n_antennas - trace).sum(1)
     return value, torch.cat([slope, last[:, None]], 1), information
 
-# %% ../../nbs/nearfield/likelihood.ipynb #a0577e0f
+# %% ../../nbs/nearfield/likelihood.ipynb #aba6d0e8
 def _moved(fit: Fit, step: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> Fit:
     k = fit.angles.shape[1]
     turns = step[:, :3 * k].reshape(-1, 3, k).mT
     limit = torch.tensor([0.15, 0.15, 0.4], dtype=torch.float64)  # rad, rad, 1/m: what a linear model is good for
     angles = torch.minimum(torch.maximum(fit.angles + turns.clamp(-limit, limit), low), high)
     power = (fit.log_power + step[:, 3 * k:4 * k].clamp(-2, 2)).clamp(-40, 40)
-    return fit.changed(angles=angles, log_power=power, log_noise=(fit.log_noise + step[:, -1].clamp(-2, 2)).clamp(-30, 5))
+    noise = (fit.log_noise + step[:, -1].clamp(-2, 2)).clamp(-30, 5)
+    return fit.changed(angles=angles, log_power=power, log_noise=noise)
 
 
 def refine(fit: Fit, field_of_view: FieldOfView, iterations: int = 8,

@@ -18,7 +18,7 @@ from .geometry import FieldOfView, Surface
 from .scenes import SceneBatch
 from .steering import steering
 
-# %% ../../nbs/nearfield/spectra.ipynb #e09437a7
+# %% ../../nbs/nearfield/spectra.ipynb #61b12569
 @dataclass(frozen=True)
 class PlaneGrid:
     "Directions of a plane: φ and θ evenly spaced in degrees over the field of view, odd numbers of them."
@@ -70,7 +70,8 @@ def _assembled(parts: np.ndarray, grid: PlaneGrid) -> np.ndarray:
     return plane
 
 
-def projected_power(u: np.ndarray, weights: np.ndarray, surface: Surface, grid: PlaneGrid, range_m: float) -> np.ndarray:
+def projected_power(u: np.ndarray, weights: np.ndarray, surface: Surface, grid: PlaneGrid,
+                    range_m: float) -> np.ndarray:
     """Σ_k w_jk |u_kᴴ a|² (j, n_phi, n_theta) over a plane, for u (N, r) and weights (j, r).
 
     Single precision for complex64 u, double for complex128.
@@ -84,7 +85,7 @@ def projected_power(u: np.ndarray, weights: np.ndarray, surface: Surface, grid: 
     summed = (torch.from_numpy(np.asarray(weights, real)) @ powers).numpy()
     return np.stack([_assembled(summed[:, j], grid) for j in range(len(weights))])
 
-# %% ../../nbs/nearfield/spectra.ipynb #af7edab5
+# %% ../../nbs/nearfield/spectra.ipynb #f4547cc0
 _NEAR = 0.02
 
 
@@ -116,8 +117,8 @@ def capon(f: np.ndarray, delta: float, surface: Surface, grid: PlaneGrid, range_
     u, sigma, _ = np.linalg.svd(f.astype(np.complex128), full_matrices=False)
     kept = sigma > 1e-7 * sigma[0] if len(sigma) and sigma[0] > 0 else np.zeros(len(sigma), bool)
     u, power = u[:, kept], sigma[kept] ** 2
-    inside, explained = projected_power(u.astype(f.dtype), np.stack([np.ones(len(power)), 1 / (power + delta)]), surface,
-                                        grid, range_m)
+    weights = np.stack([np.ones(len(power)), 1 / (power + delta)])
+    inside, explained = projected_power(u.astype(f.dtype), weights, surface, grid, range_m)
     left = surface.n_elements - inside
     near = left < _NEAR * surface.n_elements
     if near.any():
