@@ -138,3 +138,23 @@ def test_a_good_map_is_used():
     assert found.sources[0, 2] == 3.0
     with pytest.raises(ParameterError, match="shares"):
         Guardrail(most_peaks=0)
+
+
+@pytest.mark.parametrize("shape", [(361, 181), (61, 41), (9, 8)])
+def test_refiner_keeps_odd_sizes_and_ignores_scale_and_offset(shape):
+    from ssl_kit.nearfield.refiner import SpectrumRefiner, refined_map
+
+    torch.manual_seed(0)
+    model = SpectrumRefiner((8, 8, 8))
+    spectrum = np.random.default_rng(0).standard_normal(shape)
+    refined = refined_map(model, spectrum)
+    assert refined.shape == shape and (0 < refined).all() and (refined < 1).all()
+    assert np.allclose(refined, refined_map(model, 3 * spectrum - 40), atol=1e-4)
+    assert np.isfinite(refined_map(model, np.zeros(shape))).all()
+
+
+def test_refiner_refuses_what_is_no_batch_of_spectra():
+    from ssl_kit.nearfield.refiner import SpectrumRefiner
+
+    with pytest.raises(DataError, match="scene"):
+        SpectrumRefiner((8, 8, 8))(torch.zeros(4, 61))
