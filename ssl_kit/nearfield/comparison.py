@@ -69,7 +69,7 @@ METHODS: dict[str, Callable[[SceneBatch], list[Estimate]]] = {
 }
 BLIND = ("likelihood", "NLS-OMP, BIC", "Capon, ALS", "Capon, SBL", "matched field")
 
-# %% ../../nbs/nearfield/comparison.ipynb #eabbbb72
+# %% ../../nbs/nearfield/comparison.ipynb #86408efd
 def compare_methods(batch: SceneBatch, methods: Sequence[str], tolerance: Tolerance | None = None) -> pd.DataFrame:
     """A row per method and true source: method, scene, k, snr_db, hit, errors (NaN unmatched), bounds, n_found.
 
@@ -117,6 +117,6 @@ def summarize_methods(table: pd.DataFrame, by: Sequence[str] = ("method",), seed
             median = np.median(part[error].fillna(np.inf))
             efficient = MEDIAN_OF_NORMAL * part[bound].median()
             row |= {f"median_{error}": median, f"{error}_over_bound": median / efficient}
-        rows.append(row | {"ms_a_scene": 1e3 * part.seconds.mean(), "scenes": part.scene.nunique(),
-                           "sources": len(part)})
+        rows.append(row | {"ms_a_scene": 1e3 * part.seconds.mean(), "n_scenes": part.scene.nunique(),
+                           "n_sources": len(part)})
     return pd.DataFrame(rows)

@@ -159,7 +159,7 @@ def score_and_information(fit: Fit) -> tuple[torch.Tensor, torch.Tensor, torch.T
     last = cy - (n_antennas - trace).sum(1)
     return value, torch.cat([slope, last[:, None]], 1), information
 
-# %% ../../nbs/nearfield/likelihood.ipynb #aba6d0e8
+# %% ../../nbs/nearfield/likelihood.ipynb #f979daff
 def _moved(fit: Fit, step: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> Fit:
     k = fit.angles.shape[1]
     turns = step[:, :3 * k].reshape(-1, 3, k).mT
@@ -174,13 +174,13 @@ def refine(fit: Fit, field_of_view: FieldOfView, iterations: int = 8,
            tolerance: float = 0.02) -> tuple[Fit, torch.Tensor]:
     """The fit after Fisher scoring of all its parameters, and its log p (scene,); never worse than before.
 
-    Ends early when no scene's log p changes by `tolerance` any more.
+    A scene whose log p no longer changes by `tolerance` is left alone.
     """
     low, high = (torch.from_numpy(edge.copy()) for edge in (field_of_view.low, field_of_view.high))
     low[2], high[2] = 1 / field_of_view.far_m, 1 / field_of_view.near_m
     damping = torch.full((len(fit.y),), 1e-2, dtype=torch.float64)
     value, slope, information = score_and_information(fit)
-    for _ in range(iterations):
+    for left in range(iterations - 1, -1, -1):
         diagonal = torch.diagonal(information, dim1=-2, dim2=-1)
         system = information + torch.diag_embed(damping[:, None] * diagonal + 1e-9 * diagonal.amax(1, keepdim=True))
         step = torch.linalg.solve(system, slope[..., None])[..., 0]
@@ -193,8 +193,13 @@ def refine(fit: Fit, field_of_view: FieldOfView, iterations: int = 8,
                           log_noise=torch.where(better, moved.log_noise, fit.log_noise))
         slope = torch.where(better[:, None], new_slope, slope)
         information = torch.where(better[:, None, None], new_information, information)
-        settled = bool(((new_value - value).abs() < tolerance).all())
+        moving = torch.nonzero((new_value - value).abs() >= tolerance)[:, 0]
         value = torch.where(better, new_value, value)
-        if settled:
+        if left and 2 * len(moving) <= len(value):  # the others have settled: go on with these alone
+            if len(moving):
+                rest, rest_value = refine(fit.rows(moving), field_of_view, left, tolerance)
+                value = value.index_put((moving,), rest_value)
+                fit = fit.changed(**{name: getattr(fit, name).index_put((moving,), getattr(rest, name))
+                                     for name in ("angles", "log_power", "log_noise")})
             break
     return fit, value
