@@ -10,7 +10,7 @@ from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKS = {"lab": "Lab", "arrays": "Arrays and rooms", "localize": "Localization", "routing": "Routing",
-          "enhance": "Speech enhancement", "apps": "Pages", "stages": "Stages"}
+          "enhance": "Speech enhancement", "nearfield": "Near field", "apps": "Pages", "stages": "Stages"}
 BESIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff")
 FORMULA = re.compile(r"(<(?:code|pre|script|style|textarea)\b.*?</(?:code|pre|script|style|textarea)>)"
                      r"|\$\$(.+?)\$\$|(?<![\\\w$])\$(?!\s)([^$\n<]+?)(?<!\s)\$(?![\w$])", re.DOTALL)

@@ -19,7 +19,7 @@ from .scenes import SceneConfig, draw_scenes, true_factor
 from .spectra import PlaneGrid, capon
 from .steering import steering
 
-# %% ../../nbs/nearfield/bench.ipynb #e4c08545
+# %% ../../nbs/nearfield/bench.ipynb #3b18e5e1
 _PLANE_TARGET_S, _PLANE_M = 0.015, 3.0
 
 
@@ -52,7 +52,8 @@ def bench_capon(quick: bool = False) -> BenchResult:
     return compare("capon", medians[threads].value_s, "s", "numpy, dense, complex64", medians[threads].peer_value_s,
                    _PLANE_TARGET_S, "value",
                    detail={"plane": f"{grid.n_phi} x {grid.n_theta}, 144 elements, rank 5, cached steering",
-                           "threads": threads, "cpu_s_one_thread": float(np.median(cpu_s)), "s_by_threads": {t: m.value_s for t, m in medians.items()},
+                           "threads": threads, "cpu_s_one_thread": float(np.median(cpu_s)),
+                           "s_by_threads": {t: m.value_s for t, m in medians.items()},
                            "largest_relative_difference": float(np.abs(ours / theirs - 1).max())})
 
 
