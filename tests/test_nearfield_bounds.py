@@ -41,10 +41,12 @@ def test_one_source_in_front_seen_by_every_element_is_the_closed_form(range_m):
 def test_a_far_source_has_the_bound_of_a_plane_wave_and_no_range():
     """Far away var u = σ²/(2 |s|² k² Σ x²) with u = sin φ cos θ, and the information on the range vanishes as r⁻⁴."""
     def information(r):
-        return fisher_information(np.eye(144), np.ones((1, 144)), np.array([[0.5, 0.0, r]]), np.ones((1, 1)), 1.0, SURFACE)
+        there = np.array([[0.5, 0.0, r]])
+        return fisher_information(np.eye(144), np.ones((1, 144)), there, np.ones((1, 1)), 1.0, SURFACE)
 
     x = SURFACE.positions_m[:, 0]
-    assert information(1e4)[0, 0] == pytest.approx(2 * (2 * np.pi / 0.3) ** 2 * np.cos(0.5) ** 2 * np.sum(x**2), rel=1e-4)
+    plane = 2 * (2 * np.pi / 0.3) ** 2 * np.cos(0.5) ** 2 * np.sum(x**2)
+    assert information(1e4)[0, 0] == pytest.approx(plane, rel=1e-4)
     assert information(200.0)[2, 2] / information(100.0)[2, 2] == pytest.approx(1 / 16, rel=1e-2)
 
 
@@ -63,8 +65,8 @@ def test_information_is_that_of_finite_differences():
         for k in range(2):
             e = np.zeros((2, 3))
             e[k, j] = 1e-6
-            columns.append(((g @ (steering(there + e, SURFACE) - steering(there - e, SURFACE)).T) @ s[..., None])[..., 0]
-                           / 2e-6)
+            slope = (steering(there + e, SURFACE) - steering(there - e, SURFACE)) / 2e-6
+            columns.append(((g @ slope.T) @ s[..., None])[..., 0])
     d = np.stack(columns, axis=-1)  # (L, M, 6)
     p = np.eye(16) - b @ np.linalg.pinv(b)
     expected = 2 / batch.noise_power[0] * np.einsum("lmi,lmn,lnj->ij", d.conj(), p, d).real
@@ -77,8 +79,8 @@ def test_bounds_scale_with_noise_and_grow_with_sources():
     assert np.allclose(ten.phi_deg[:, :2] / thirty.phi_deg[:, :2], 10, rtol=1e-6)
     assert np.isnan(ten.phi_deg[:, 2:]).all()
     batch = draw_scenes(replace(config, n_sources=(3,)), 0, [4])
-    both = fisher_information(batch.channel[0], batch.codes[0], batch.truth(0), batch.symbols[0][:, :3], 1.0, SURFACE)
-    two = fisher_information(batch.channel[0], batch.codes[0], batch.truth(0)[:2], batch.symbols[0][:, :2], 1.0, SURFACE)
+    both, two = (fisher_information(batch.channel[0], batch.codes[0], batch.truth(0)[:k], batch.symbols[0][:, :k], 1.0,
+                                    SURFACE) for k in (3, 2))
     assert (np.diag(np.linalg.inv(both)).reshape(3, 3)[:, :2] >= np.diag(np.linalg.inv(two)).reshape(3, 2)).all()
 
 

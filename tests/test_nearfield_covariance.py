@@ -11,8 +11,16 @@ from hypothesis import strategies as st
 from ssl_kit.lab.errors import DataError, ParameterError
 from ssl_kit.nearfield.covariance import covariance_audit, effective_covariance, effective_factor, shrinkage
 from ssl_kit.nearfield.geometry import FieldOfView, Surface
-from ssl_kit.nearfield.sample_covariance import (SOLVERS, als_lowrank, near_field_grid, ridge_ls, sample_factor, sbl,
-                                                 sensing, subspace_agreement)
+from ssl_kit.nearfield.sample_covariance import (
+    SOLVERS,
+    als_lowrank,
+    near_field_grid,
+    ridge_ls,
+    sample_factor,
+    sbl,
+    sensing,
+    subspace_agreement,
+)
 from ssl_kit.nearfield.scenes import SceneConfig, draw_scenes, true_factor
 from ssl_kit.nearfield.steering import steering
 

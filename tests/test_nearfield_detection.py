@@ -21,7 +21,7 @@ EVEN = SceneConfig(path_gain=False, k_factor=(0.0, 0.0), snr_db=(10.0, 10.0))
 
 
 def at_truth(batch, k, log_power=-1.0):
-    fit = start_fit(sensing(batch), torch.from_numpy(batch.y), batch.surface)
+    fit = start_fit(sensing(batch).to(torch.complex128), torch.from_numpy(batch.y), batch.surface)
     there = batch.sources[:, :k]
     return fit.changed(angles=torch.from_numpy(np.concatenate([there[..., :2], 1 / there[..., 2:]], -1)),
                        log_power=torch.full((len(batch), k), log_power, dtype=torch.float64))
@@ -40,6 +40,8 @@ def test_likelihood_without_inverses_is_the_dense_one():
     fit = at_truth(batch, 3, -5.0)
     assert torch.allclose(log_likelihood(fit), dense_log_likelihood(fit), rtol=1e-10)
     assert torch.allclose(score_and_information(fit)[0], log_likelihood(fit), rtol=1e-12)
+    single = fit.changed(sensing=fit.sensing.to(torch.complex64))
+    assert torch.allclose(log_likelihood(single), log_likelihood(fit), rtol=1e-5)
 
 
 def test_score_is_the_gradient():

@@ -60,7 +60,8 @@ def test_the_earlier_layout_is_read_and_as_large_as_it_was(tmp_path):
         seen = file["H"][..., 0] + 1j * file["H"][..., 1]
     shard = read_shard(path)
     assert np.array_equal(shard.batch.y, BATCH.y) and np.array_equal(shard.batch.channel, BATCH.channel)
-    assert relative(shard.batch.sources, BATCH.sources) < 1e-6 and np.array_equal(shard.batch.n_sources, BATCH.n_sources)
+    assert relative(shard.batch.sources, BATCH.sources) < 1e-6
+    assert np.array_equal(shard.batch.n_sources, BATCH.n_sources)
     assert relative(r, true_covariance(BATCH)) < 1e-6
     assert relative(covariance(shard.r_samp_factor), covariance(FACTOR)) < 1e-5
     assert relative(seen, np.einsum("smn,sln->slm", BATCH.channel, BATCH.codes)) < 1e-5

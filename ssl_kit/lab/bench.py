@@ -99,7 +99,9 @@ def measure_in_turn(fn: Callable[[], Any], peer_fn: Callable[[], Any] | None = N
 # %% ../../nbs/lab/bench.ipynb #f5302115
 BENCHES = {"srp": "ssl_kit.localize.srp_bench:bench_srp", "rooms": "ssl_kit.arrays.rooms_bench:bench_rooms",
            "routing": "ssl_kit.routing.bench:bench_routing", "enhance": "ssl_kit.enhance.bench:bench_enhance",
-           "features": "ssl_kit.fewshot.bench:bench_features", "detect": "ssl_kit.fewshot.bench:bench_detect"}
+           "features": "ssl_kit.fewshot.bench:bench_features", "detect": "ssl_kit.fewshot.bench:bench_detect",
+           "capon": "ssl_kit.nearfield.bench:bench_capon", "scenes": "ssl_kit.nearfield.bench:bench_scenes",
+           "nearfield": "ssl_kit.nearfield.bench:bench_nearfield"}
 
 
 def run_benchmark(name: str, quick: bool = False) -> list[BenchResult]:

@@ -14,7 +14,7 @@ from ..lab.errors import DataError
 from .scenes import MAX_SOURCES, SceneBatch
 from .steering import steering_and_derivatives
 
-# %% ../../nbs/nearfield/bounds.ipynb #791ea1c0
+# %% ../../nbs/nearfield/bounds.ipynb #86aecc3f
 @dataclass(frozen=True, eq=False)
 class Bounds:
     "Standard deviations of the bound, (scene, 5), NaN beyond K; inf where the information is singular."
@@ -52,8 +52,9 @@ def crb(batch: SceneBatch) -> Bounds:
         rows = np.flatnonzero(batch.n_sources == k)
         for part in np.array_split(rows, -(-len(rows) // 64)):
             there = batch.sources[part, :k]
-            information = fisher_information(batch.channel[part], batch.codes[part], there, batch.symbols[part][..., :k],
-                                             batch.noise_power[part], batch.surface)
+            symbols, noise = batch.symbols[part][..., :k], batch.noise_power[part]
+            information = fisher_information(batch.channel[part], batch.codes[part], there, symbols, noise,
+                                             batch.surface)
             variance = np.stack([_inverse_diagonal(f).reshape(3, k) for f in information])
             across = there[..., 2] ** 2 * (np.cos(there[..., 1]) ** 2 * variance[:, 0] + variance[:, 1])
             deviations[:3, part, :k] = np.sqrt(variance).swapaxes(0, 1)

@@ -11,12 +11,12 @@ import numpy as np
 from ..lab.errors import ParameterError
 from .geometry import Surface
 
-# %% ../../nbs/nearfield/codebooks.ipynb #9ac99201
+# %% ../../nbs/nearfield/codebooks.ipynb #6ca408aa
 CODEBOOKS = ("dft", "random", "hadamard", "mixed")
 
 
 def dft_phases(surface: Surface, n_beams_x: int = 8, n_beams_y: int = 8) -> np.ndarray:
-    """Phases (n_beams_x · n_beams_y, N) in rad of beams at spatial frequencies (k − (n − 1)/2)/n cycles per element.
+    """Phases (n_beams_x · n_beams_y, N) in rad of beams at frequencies (k − (n − 1)/2)/n cycles per element.
 
     Element indices are centred (±5.5 for 12), as the positions of the surface are.
     """

@@ -53,14 +53,14 @@ def _report(problems: list[str], on_violation: str) -> None:
             raise DataError(text)
         warnings.warn(text, RuntimeWarning, stacklevel=3)
 
-# %% ../../nbs/nearfield/covariance.ipynb #414b3844
+# %% ../../nbs/nearfield/covariance.ipynb #3401a3a2
 def effective_covariance(r_pred, r_samp=None, beta: float = 0.0, snr_db=None, shrink=True, diag_load: float = 1e-3,
                          target_trace: float | None = None, on_violation: str = "warn"):
     """The conditioned covariance (..., N, N), NumPy in, NumPy out, tensors in, tensors out (differentiable).
 
     r_pred, r_samp: complex (..., N, N); beta: weight of r_samp; snr_db: (...), for shrink=True; shrink: True (α by
-    SNR), False or α (...); diag_load: share of the mean eigenvalue; target_trace: N when None. Raises ParameterError for
-    arguments out of range, DataError (or warns) when input isn't finite or Hermitian, or the trace can't be had.
+    SNR), False or α (...); diag_load: share of the mean eigenvalue; target_trace: N when None. Raises ParameterError
+    for arguments out of range, DataError (or warns) when input isn't finite or Hermitian, or the trace can't be had.
     """
     import torch
 

@@ -19,15 +19,15 @@ from .sample_covariance import near_field_grid, sensing
 from .scenes import MAX_SOURCES, SceneBatch
 from .steering import steering
 
-# %% ../../nbs/nearfield/detection.ipynb #2b4f295f
+# %% ../../nbs/nearfield/detection.ipynb #11c61b95
 @dataclass(frozen=True)
 class DetectorConfig:
     "The grid of the scan, and when a source is believed."
 
     field_of_view: FieldOfView = FieldOfView()
-    n_phi: int = 21                  # grid, even in sin φ, sin θ and 1/r
-    n_theta: int = 11
-    n_range: int = 6
+    n_phi: int = 17                  # grid, even in sin φ, sin θ and 1/r
+    n_theta: int = 9
+    n_range: int = 5
     max_sources: int = MAX_SOURCES
     threshold: float = 14.0          # rise of the log likelihood that a source must bring, nats
     iterations: int = 8              # of Fisher scoring in each round, at most
@@ -93,8 +93,13 @@ def add_best(fit: Fit, grid_angles: torch.Tensor, gain: torch.Tensor, power: tor
     return fit.changed(angles=torch.cat([fit.angles, grid_angles[best]], 1),
                        log_power=torch.cat([fit.log_power, power.gather(1, best).double().log()], 1))
 
-# %% ../../nbs/nearfield/detection.ipynb #3687e994
-def detect(batch: SceneBatch, config: DetectorConfig | None = None, n_sources: np.ndarray | None = None) -> list[Estimate]:
+# %% ../../nbs/nearfield/detection.ipynb #97fb64d4
+_CLEAR = 100.0    # nats: with more evidence, and apart, a source is not doubted
+_BEAM_RAD = 0.33  # two beamwidths λ/(n d) of 12 elements half a wavelength apart
+
+
+def detect(batch: SceneBatch, config: DetectorConfig | None = None,
+           n_sources: np.ndarray | None = None) -> list[Estimate]:
     "One Estimate per scene. With `n_sources` (scene,) given, so many are taken and the threshold is not asked."
     config = config or DetectorConfig()
     estimates: list[Estimate] = []
@@ -151,7 +156,8 @@ def _scattered(part: Fit, rows: torch.Tensor, n_scenes: int, whole: Fit) -> Fit:
         return part
     k = part.angles.shape[1]
     angles, power = torch.ones(n_scenes, k, 3, dtype=torch.float64), torch.zeros(n_scenes, k, dtype=torch.float64)
-    return whole.changed(angles=angles.index_put((rows,), part.angles), log_power=power.index_put((rows,), part.log_power),
+    return whole.changed(angles=angles.index_put((rows,), part.angles),
+                         log_power=power.index_put((rows,), part.log_power),
                          log_noise=whole.log_noise.index_put((rows,), part.log_noise))
 
 
@@ -164,20 +170,35 @@ def _finish(fits: list[Fit], config: DetectorConfig, prune: bool) -> list[Estima
             continue
         together, value = refine(Fit.stacked([fits[row] for row in rows]), config.field_of_view, config.iterations)
         stays = torch.ones(len(rows), dtype=torch.bool)
-        if prune and k > 1:
-            fewer, fewer_value = _best_without_one(together, config)
-            stays = value - fewer_value > config.threshold
-            for i in torch.nonzero(~stays)[:, 0].tolist():
-                fits[rows[i]] = fewer.rows([i])
+        doubtful = _doubtful(together, value) if prune and k > 1 else []
+        if len(doubtful):
+            fewer, fewer_value = _best_without_one(together.rows(doubtful), config)
+            stays[doubtful] = value[doubtful] - fewer_value > config.threshold
+            for i, row in enumerate(doubtful.tolist()):
+                if not stays[row]:
+                    fits[rows[row]] = fewer.rows([i])
         kept = together.rows(stays)
         if not len(kept.y):
             continue
-        evidence = torch.stack([value[stays] - log_likelihood(kept.without(j)) for j in range(k)], 1).numpy()
+        evidence = _evidence(kept, value[stays]).numpy()
         there = [row for row, stay in zip(rows, stays.tolist(), strict=True) if stay]
         for row, sources, worth in zip(there, kept.sources(), evidence, strict=True):
             order = np.argsort(sources[:, 2])
             estimates[row] = Estimate(sources[order], worth[order])
     return estimates
+
+
+def _evidence(fit: Fit, value: torch.Tensor) -> torch.Tensor:
+    "Fall of the log likelihood (scene, k) when a source is taken away and the others stay as they are."
+    return torch.stack([value - log_likelihood(fit.without(j)) for j in range(fit.angles.shape[1])], 1)
+
+
+def _doubtful(fit: Fit, value: torch.Tensor) -> torch.Tensor:
+    "Scenes of which a source may not be there: two are nearer than the surface resolves, or one brings little."
+    x = fit.angles[..., :2]
+    near = (x[:, :, None] - x[:, None]).square().sum(-1).sqrt() < _BEAM_RAD
+    weak = (_evidence(fit, value) < _CLEAR).any(1)
+    return torch.nonzero(weak | (near.sum((1, 2)) > fit.angles.shape[1]))[:, 0]
 
 
 def _best_without_one(fit: Fit, config: DetectorConfig) -> tuple[Fit, torch.Tensor]:

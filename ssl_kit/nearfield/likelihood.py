@@ -14,11 +14,11 @@ import torch
 from ..lab.errors import DataError
 from .geometry import FieldOfView, Surface
 
-# %% ../../nbs/nearfield/likelihood.ipynb #2304a420
+# %% ../../nbs/nearfield/likelihood.ipynb #08492fb6
 def steering_tensors(angles: torch.Tensor, positions: torch.Tensor, wavelength_m: float) -> torch.Tensor:
-    """Exact steering and its derivatives by φ, θ (rad) and 1/r (1/m), complex128 (..., 4, N), of angles (..., 3): φ, θ, 1/r.
+    """Exact steering and its derivatives by φ, θ (rad) and 1/r (1/m), complex128 (..., 4, N).
 
-    positions: float64 (N, 3) in metres. What `steering_and_derivatives` computes, for tensors.
+    angles (..., 3): φ, θ, 1/r; positions: float64 (N, 3) in metres.
     """
     phi, theta, w = angles.unbind(-1)
     r = 1 / w
@@ -38,11 +38,11 @@ def steering_tensors(angles: torch.Tensor, positions: torch.Tensor, wavelength_m
     a = torch.polar(torch.ones_like(difference), -factor * difference)[..., None, :]
     return torch.cat([a, a * torch.complex(torch.zeros_like(slopes), -factor * slopes)], -2)
 
-# %% ../../nbs/nearfield/likelihood.ipynb #0b579ba0
+# %% ../../nbs/nearfield/likelihood.ipynb #dec5598a
 @dataclass(frozen=True, eq=False)
 class Fit:
     "Sources and noise of scenes under the model, and how well they explain y; k sources in all of them."
-    sensing: torch.Tensor     # complex (scene, L M, N): G
+    sensing: torch.Tensor     # complex (scene, L M, N): G; single precision is enough for b = G a
     y: torch.Tensor           # complex (scene, L, M)
     positions: torch.Tensor   # float64 (N, 3), m
     wavelength_m: float
@@ -84,17 +84,18 @@ def start_fit(sensing: torch.Tensor, y: torch.Tensor, surface: Surface) -> Fit:
         raise DataError("y: expected a signal in every scene, found zeros")
     n = len(y)
     scaled = (y / power.sqrt()[:, None, None]).to(torch.complex128)
-    return Fit(sensing.reshape(n, -1, sensing.shape[-1]).to(torch.complex128), scaled,
+    return Fit(sensing.reshape(n, -1, sensing.shape[-1]), scaled,
                torch.from_numpy(surface.positions_m), surface.wavelength_m, torch.zeros(n, 0, 3, dtype=torch.float64),
                torch.zeros(n, 0, dtype=torch.float64), torch.zeros(n, dtype=torch.float64))
 
-# %% ../../nbs/nearfield/likelihood.ipynb #5127ca04
+# %% ../../nbs/nearfield/likelihood.ipynb #9a978278
 def seen_waves(fit: Fit, derivatives: bool = False) -> torch.Tensor:
     "b and, after it, its derivatives by φ, θ and 1/r: (scene, L, M, 4 k) or (scene, L, M, k)."
     n_scenes, n_snapshots, n_antennas = fit.y.shape
     waves = steering_tensors(fit.angles, fit.positions, fit.wavelength_m)  # (scene, k, 4, N)
     waves = waves.transpose(1, 2) if derivatives else waves[:, :, :1].transpose(1, 2)
-    seen = fit.sensing @ waves.reshape(n_scenes, -1, waves.shape[-1]).mT
+    flat = waves.reshape(n_scenes, -1, waves.shape[-1]).mT
+    seen = (fit.sensing @ flat.to(fit.sensing.dtype)).to(torch.complex128)
     return seen.reshape(n_scenes, n_snapshots, n_antennas, -1)
 
 
@@ -158,27 +159,28 @@ def score_and_information(fit: Fit) -> tuple[torch.Tensor, torch.Tensor, torch.T
     last = cy - (n_antennas - trace).sum(1)
     return value, torch.cat([slope, last[:, None]], 1), information
 
-# %% ../../nbs/nearfield/likelihood.ipynb #a0577e0f
+# %% ../../nbs/nearfield/likelihood.ipynb #f979daff
 def _moved(fit: Fit, step: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> Fit:
     k = fit.angles.shape[1]
     turns = step[:, :3 * k].reshape(-1, 3, k).mT
     limit = torch.tensor([0.15, 0.15, 0.4], dtype=torch.float64)  # rad, rad, 1/m: what a linear model is good for
     angles = torch.minimum(torch.maximum(fit.angles + turns.clamp(-limit, limit), low), high)
     power = (fit.log_power + step[:, 3 * k:4 * k].clamp(-2, 2)).clamp(-40, 40)
-    return fit.changed(angles=angles, log_power=power, log_noise=(fit.log_noise + step[:, -1].clamp(-2, 2)).clamp(-30, 5))
+    noise = (fit.log_noise + step[:, -1].clamp(-2, 2)).clamp(-30, 5)
+    return fit.changed(angles=angles, log_power=power, log_noise=noise)
 
 
 def refine(fit: Fit, field_of_view: FieldOfView, iterations: int = 8,
            tolerance: float = 0.02) -> tuple[Fit, torch.Tensor]:
     """The fit after Fisher scoring of all its parameters, and its log p (scene,); never worse than before.
 
-    Ends early when no scene's log p changes by `tolerance` any more.
+    A scene whose log p no longer changes by `tolerance` is left alone.
     """
     low, high = (torch.from_numpy(edge.copy()) for edge in (field_of_view.low, field_of_view.high))
     low[2], high[2] = 1 / field_of_view.far_m, 1 / field_of_view.near_m
     damping = torch.full((len(fit.y),), 1e-2, dtype=torch.float64)
     value, slope, information = score_and_information(fit)
-    for _ in range(iterations):
+    for left in range(iterations - 1, -1, -1):
         diagonal = torch.diagonal(information, dim1=-2, dim2=-1)
         system = information + torch.diag_embed(damping[:, None] * diagonal + 1e-9 * diagonal.amax(1, keepdim=True))
         step = torch.linalg.solve(system, slope[..., None])[..., 0]
@@ -191,8 +193,13 @@ def refine(fit: Fit, field_of_view: FieldOfView, iterations: int = 8,
                           log_noise=torch.where(better, moved.log_noise, fit.log_noise))
         slope = torch.where(better[:, None], new_slope, slope)
         information = torch.where(better[:, None, None], new_information, information)
-        settled = bool(((new_value - value).abs() < tolerance).all())
+        moving = torch.nonzero((new_value - value).abs() >= tolerance)[:, 0]
         value = torch.where(better, new_value, value)
-        if settled:
+        if left and 2 * len(moving) <= len(value):  # the others have settled: go on with these alone
+            if len(moving):
+                rest, rest_value = refine(fit.rows(moving), field_of_view, left, tolerance)
+                value = value.index_put((moving,), rest_value)
+                fit = fit.changed(**{name: getattr(fit, name).index_put((moving,), getattr(rest, name))
+                                     for name in ("angles", "log_power", "log_noise")})
             break
     return fit, value

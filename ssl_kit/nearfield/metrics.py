@@ -111,7 +111,7 @@ def peak_to_sidelobe_db(spectrum, phi_deg, theta_deg, reference, exclude_deg: fl
         return float("nan")
     return float(10 * np.log10(max(min(peaks), 1e-300) / max(spectrum[outside].max(), 1e-300)))
 
-# %% ../../nbs/nearfield/metrics.ipynb #e9fb8b5b
+# %% ../../nbs/nearfield/metrics.ipynb #8c0657b8
 def evaluate(references: Sequence, estimates: Sequence, tolerance: Tolerance | None = None,
              cutoff_m: float = 2.0) -> dict[str, float]:
     """All metrics over scenes, references and estimates lists of (K, 3).
@@ -120,8 +120,8 @@ def evaluate(references: Sequence, estimates: Sequence, tolerance: Tolerance | N
     median of φ and θ (deg), r and xyz (m) over all matched pairs, gospa_m (mean over scenes), n_scenes, n_sources.
     """
     if len(references) != len(estimates) or not len(references):
-        raise DataError(f"references, estimates: expected as many scenes of each, at least one, found {len(references)} "
-                        f"and {len(estimates)}")
+        raise DataError(f"references, estimates: expected as many scenes of each, at least one, found "
+                        f"{len(references)} and {len(estimates)}")
     found = [hits(r, e, tolerance) for r, e in zip(references, estimates, strict=True)]
     errors = np.concatenate([pair_errors(r, e) for r, e in zip(references, estimates, strict=True)])
     n_hits, n_true = sum(int(f.sum()) for f in found), sum(len(f) for f in found)

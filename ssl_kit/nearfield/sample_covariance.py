@@ -58,11 +58,17 @@ def _ridge_waves(g: torch.Tensor, y: torch.Tensor, ridge: torch.Tensor) -> torch
     solved = torch.cholesky_solve(y[..., None], torch.linalg.cholesky(gram))
     return (g.mH @ solved)[..., 0].mT
 
-# %% ../../nbs/nearfield/sample_covariance.ipynb #56b2ea50
+# %% ../../nbs/nearfield/sample_covariance.ipynb #49120a62
+_SCENES_AT_ONCE = 8  # more do not fit the cache and take longer each
+
+
 def als_lowrank(batch: SceneBatch, rank: int = 5, iterations: int = 4, ridge: float | None = None) -> np.ndarray:
     "F (scene, N, rank) complex64 from X = F S by alternating ridge least squares; starts from `ridge_ls`."
     if rank < 1 or iterations < 1:
         raise ParameterError(f"rank, iterations: expected at least 1, found {rank}, {iterations}")
+    if len(batch) > _SCENES_AT_ONCE:
+        starts = range(0, len(batch), _SCENES_AT_ONCE)
+        return np.concatenate([als_lowrank(batch[i:i + _SCENES_AT_ONCE], rank, iterations, ridge) for i in starts])
     g, y, share = sensing(batch), torch.from_numpy(np.array(batch.y)), _ridge(batch, ridge)
     n_scenes, n_snapshots, n_antennas, n = g.shape
     stacked = g.reshape(n_scenes, n_snapshots * n_antennas, n)
@@ -79,7 +85,8 @@ def als_lowrank(batch: SceneBatch, rank: int = 5, iterations: int = 4, ridge: fl
         f = (g.mH @ w.reshape(n_scenes, n_snapshots, n_antennas, 1))[..., 0].mT @ s.conj()
         f = torch.linalg.qr(f)[0]
     s = _symbols(g, f, y, share, eye_s)
-    return _as_factor(f @ torch.linalg.cholesky((s.mT @ s.conj()) / n_snapshots + 1e-6 * s.abs().square().mean() * eye_s))
+    power = (s.mT @ s.conj()) / n_snapshots + 1e-6 * s.abs().square().mean() * eye_s
+    return _as_factor(f @ torch.linalg.cholesky(power))
 
 
 def _symbols(g, f, y, share, eye) -> torch.Tensor:

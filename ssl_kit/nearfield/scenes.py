@@ -108,9 +108,9 @@ class SceneBatch:
         "Sources (K, 3) of one scene."
         return self.sources[scene, :self.n_sources[scene]]
 
-# %% ../../nbs/nearfield/scenes.ipynb #f871a56b
+# %% ../../nbs/nearfield/scenes.ipynb #6a8a9ece
 def line_of_sight(angles_rad: np.ndarray, n_antennas: int, surface: Surface) -> np.ndarray:
-    """H of rank one, modulus 1, (scene, M, N), for angles (scene, 3): φ and θ at the surface, azimuth at the antennas."""
+    "H of rank one, modulus 1, (scene, M, N), for angles (scene, 3): φ, θ at the surface, azimuth at the antennas."
     u = direction(angles_rad[:, 0], angles_rad[:, 1])
     at_surface = np.exp((2j * np.pi / surface.wavelength_m) * (u @ surface.positions_m.T))
     antennas = np.arange(n_antennas) - (n_antennas - 1) / 2

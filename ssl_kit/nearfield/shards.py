@@ -51,7 +51,7 @@ def write_shard(path: str | os.PathLike, batch: SceneBatch, r_samp_factor: np.nd
         np.savez(file, facts=np.array(json.dumps(to_plain(facts))), **arrays)
     return Path(path)
 
-# %% ../../nbs/nearfield/shards.ipynb #f9763ef2
+# %% ../../nbs/nearfield/shards.ipynb #dda37b57
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     "All arrays of an .npz; DataError naming the file when it is truncated or something else."
     try:
@@ -74,8 +74,8 @@ def read_shard(path: str | os.PathLike, surface: Surface | None = None) -> Shard
     if "ptr" in arrays:
         return _from_earlier(arrays, path, surface or Surface())
     if "facts" not in arrays:
-        raise DataError(f"{path}: expected keys y, channel, sources, ... or the earlier y, H_full, codes, ptr, ...; found "
-                        f"{sorted(arrays)}")
+        raise DataError(f"{path}: expected keys y, channel, sources, ... or the earlier y, H_full, codes, ptr, ...; "
+                        f"found {sorted(arrays)}")
     facts = json.loads(str(arrays["facts"]))
     bits = facts["bits"]
     codes = np.exp(1j * arrays["code_phase"]).astype(np.complex64) if bits is None else \
