@@ -63,6 +63,9 @@ class DeviceMixtures:
         if not pools.speech or not pools.noise:
             raise ParameterError(f"pools: expected speech and noise, found {len(pools.speech)} and {len(pools.noise)}")
         self.config, self.seed, self.device = config or MixConfig(), seed, torch.device(device)
+        if self.config.reverse_share:
+            raise ParameterError(f"reverse_share: expected 0 here, found {self.config.reverse_share}; only "
+                                 "EnhanceMixtures plays noise backwards")
         if self.config.room_share:
             raise ParameterError(f"room_share: expected 0 here, found {self.config.room_share}; rooms are made by "
                                  f"EnhanceMixtures, on the CPU")

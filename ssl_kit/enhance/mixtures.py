@@ -119,16 +119,19 @@ def load_pools(
     speech: str = "librispeech",            # or "embedded": with synthetic noise
     root=None,                              # of the data; None: as configured
     speeds: Sequence[float] = (1.0,),       # each clip is there once for each
+    noise_speeds: Sequence[float] | None = None,  # those of noise; None: the same
     within_db: float = ACTIVE_DB,
 ) -> Pools:
     "Read what `pool_clips` names; (0.9, 1, 1.1) takes about 300 MB for an hour of speech."
-    if not speeds or min(speeds) < 0.5 or max(speeds) > 2:
-        raise ParameterError(f"speeds: expected some between 0.5 and 2, found {tuple(speeds)}")
+    noise_speeds = speeds if noise_speeds is None else noise_speeds
+    for name, some in (("speeds", speeds), ("noise_speeds", noise_speeds)):
+        if not some or min(some) < 0.5 or max(some) > 2:
+            raise ParameterError(f"{name}: expected some between 0.5 and 2, found {tuple(some)}")
     utterances, clips = pool_clips(split, speech, root)
     spoken = {item.path.stem: to_int16(read_audio(item.path, SAMPLE_RATE, channels=1)[0]) for item in utterances}
     noises = {clip.name: noise_loop(clip, within_db) for clip in clips}
-    all_speeds = [[(f"{name}@{speed:g}", change_speed(part, speed)) for speed in speeds for name, part in group.items()]
-                  for group in (spoken, noises)]
+    all_speeds = [[(f"{name}@{speed:g}", change_speed(part, speed)) for speed in some for name, part in group.items()]
+                  for group, some in ((spoken, speeds), (noises, noise_speeds))]
     (speech_names, speech_parts), (noise_names, noise_parts) = (zip(*group, strict=True) for group in all_speeds)
     return Pools(speech_parts, noise_parts, speech_names, noise_names)
 
@@ -148,6 +151,7 @@ class MixConfig:
     room_share: float = 0.0                       # of the clips, with the talker in a room of this reverberation time
     t60_s: tuple[float, float] = (0.2, 0.8)
     direct_db: tuple[float, float] = (0.0, 12.0)  # energy of the direct sound over that of the rest of the room
+    reverse_share: float = 0.0                    # of the noises, played backwards
 
     def __post_init__(self):
         for name in ("snr_db", "level_db", "t60_s", "direct_db"):
@@ -260,7 +264,8 @@ class EnhanceMixtures:
 
         def one():
             loop = self.pools.noise[rng.integers(len(self.pools.noise))]
-            return looped(loop, int(rng.integers(len(loop))), cfg.n_samples).astype(np.float32)
+            noise = looped(loop, int(rng.integers(len(loop))), cfg.n_samples).astype(np.float32)
+            return noise[::-1] if cfg.reverse_share and rng.random() < cfg.reverse_share else noise
 
         noise = one()
         if rng.random() < cfg.second_noise_share:

@@ -28,6 +28,7 @@ class EnhanceRecipe:
     batch_size: int = 8
     clip_s: float = 3.0
     snr_skew: float = 1.0           # see `MixConfig`
+    reverse_share: float = 0.0      # see `MixConfig`
     dropout: float | None = None    # of the transformers; None: that of their configuration
     si_snr_weight: float = 0.02     # see `LossConfig`
     perceptual_weight: float = 0.0
@@ -67,13 +68,14 @@ def make_task(recipe: EnhanceRecipe):
 
 
 def make_streams(recipe: EnhanceRecipe, speech: str = "embedded", speeds=(1.0,), device: str = "cpu",
-                 root=None) -> dict:
+                 root=None, noise_speeds=None) -> dict:
     """Streams of the train and valid splits. With a device other than the CPU the training mixtures are made there;
     validation is the same clips everywhere: of CPU mixtures, at one speed, at -5 to 10 dB."""
     from ssl_kit.enhance.mixtures import EnhanceMixtures, MixConfig, load_pools
 
-    config = MixConfig(round(recipe.clip_s * 16000), recipe.batch_size, snr_skew=recipe.snr_skew)
-    pools = load_pools("train", speech, root, speeds)
+    config = MixConfig(round(recipe.clip_s * 16000), recipe.batch_size, snr_skew=recipe.snr_skew,
+                       reverse_share=recipe.reverse_share)
+    pools = load_pools("train", speech, root, speeds, noise_speeds)
     if device == "cpu":
         train = EnhanceMixtures(pools, config, recipe.seed)
     else:
@@ -96,7 +98,7 @@ _EXAMPLE = """examples:
   ssl-kit train-enhance final-small my_stream --causal --steps 4000
   ssl-kit train-enhance final-large my_model --speech librispeech --device cuda --mix device --batch-size 64"""
 _NUMBERS = {"steps": int, "epoch_steps": int, "batch_size": int, "clip_s": float, "learning_rate": float,
-            "warmup_steps": int, "snr_skew": float, "dropout": float,
+            "warmup_steps": int, "snr_skew": float, "reverse_share": float, "dropout": float,
             "si_snr_weight": float, "perceptual_weight": float,
             "intelligibility_weight": float, "seed": int}
 
@@ -110,6 +112,7 @@ def add_train_enhance_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speech", default="embedded",
                         help="embedded (default, with synthetic noise) or librispeech (with ESC-10 and coloured noise)")
     parser.add_argument("--speeds", default="1", metavar="X,...", help="speech and noise also at these speeds (1)")
+    parser.add_argument("--noise-speeds", metavar="X,...", help="speeds of noise, where others than --speeds")
     parser.add_argument("--causal", action="store_true", help="a final network that can stream")
     for name, kind in _NUMBERS.items():
         usual = ", ".join(f"{key} {getattr(recipe, name):g}" for key, recipe in sorted(RECIPES.items())
@@ -151,6 +154,7 @@ def training_command(args: argparse.Namespace, recipe: EnhanceRecipe) -> str:
     "The command that makes this network again, with all that differs from its recipe."
     usual, words = RECIPES[args.recipe], ["ssl-kit train-enhance", args.recipe, "FOLDER", "--speech", args.speech]
     words += ["--speeds", args.speeds] if args.speeds != "1" else []
+    words += ["--noise-speeds", args.noise_speeds] if args.noise_speeds else []
     words += ["--causal"] if args.causal else []
     words += [f"--{name.replace('_', '-')} {getattr(recipe, name):g}" for name in _NUMBERS
               if getattr(recipe, name) != getattr(usual, name)]
@@ -158,11 +162,11 @@ def training_command(args: argparse.Namespace, recipe: EnhanceRecipe) -> str:
     return " ".join(words + (["--mix", args.mix] if args.mix != "cpu" else []))
 
 
-def _speeds(text: str) -> tuple[float, ...]:
+def _speeds(text: str, option: str = "--speeds") -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise ParameterError(f"--speeds: expected numbers like 0.9,1,1.1, found {text!r}") from error
+        raise ParameterError(f"{option}: expected numbers like 0.9,1,1.1, found {text!r}") from error
 
 
 def run_train_enhance(args: argparse.Namespace) -> int:
@@ -180,7 +184,8 @@ def run_train_enhance(args: argparse.Namespace) -> int:
     task, start = make_task(recipe), load_checkpoint(args.start)[0] if args.start else None
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     mix_on = device if args.mix == "device" else "cpu"
-    streams = make_streams(recipe, args.speech, speeds, mix_on)
+    noise_speeds = _speeds(args.noise_speeds, "--noise-speeds") if args.noise_speeds else speeds
+    streams = make_streams(recipe, args.speech, speeds, mix_on, noise_speeds=noise_speeds)
     config = TrainingConfig(steps=recipe.steps, epoch_steps=recipe.epoch_steps, learning_rate=recipe.learning_rate,
                             warmup_steps=recipe.warmup_steps, precision=args.precision, schedule=recipe.schedule,
                             watch="valid_loss", stop_epochs=recipe.stop_epochs, seed=recipe.seed,
@@ -191,9 +196,11 @@ def run_train_enhance(args: argparse.Namespace) -> int:
                                      report=(lambda line: None) if args.json else print)
     last, since = history[-1], epochs_without_best([row["valid_loss"] for row in history])[-1]
     shown = history[-1 - since] if recipe.stop_epochs else last      # whose weights these are
-    about = {"recipe": args.recipe, "speech": args.speech, "speeds": list(speeds), "steps": shown["step"],
+    about = {"recipe": args.recipe, "speech": args.speech, "speeds": list(speeds),
+             "noise_speeds": list(noise_speeds), "steps": shown["step"],
              "of": recipe.steps, "batch_size": recipe.batch_size, "clip_s": recipe.clip_s,
              "learning_rate": recipe.learning_rate, "snr_skew": recipe.snr_skew,
+             "reverse_share": recipe.reverse_share,
              "si_snr_weight": recipe.si_snr_weight, "perceptual_weight": recipe.perceptual_weight,
              "intelligibility_weight": recipe.intelligibility_weight, "seed": recipe.seed,
              "parameters": n_parameters(network),
