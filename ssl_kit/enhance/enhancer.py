@@ -7,6 +7,7 @@ __all__ = ['SHIPPED', 'shipped_checkpoint', 'checkpoint_folder', 'Enhancer', 'ch
 
 # %% ../../nbs/enhance/enhancer.ipynb #d08f9f5c
 import contextlib
+import importlib.util
 import os
 import shutil
 import time
@@ -73,6 +74,7 @@ class Enhancer:
 
             network = int8_network(network)
         self.network, self.int8, self.name = network.eval(), int8, name or network.kind
+        self._by_hops = None                                         # what streams run, made when it is asked for
         self.causal = bool(getattr(network.config, "causal", False))
         self.trained_s = trained_s
         self.window_s = window_s or _WINDOW_S.get(network.kind, _USUAL_WINDOW_S)
@@ -86,11 +88,21 @@ class Enhancer:
               hop_by_hop: bool = False) -> EnhancementChain:
         "What takes blocks (channel, sample) of such a signal and gives enhanced ones; ParameterError below 8 kHz."
         if self.causal:
-            inner = StreamedPass(self.network, channels, 1 if hop_by_hop else 64000)
+            network = self._for_hops() if hop_by_hop else self.network
+            inner = StreamedPass(network, channels, 1 if hop_by_hop else 64000)
         else:
             inner = WindowedPass(self._whole, channels, round(self.window_s * NETWORK_RATE_HZ),
                                  grid=self.network.config.hop_length)
         return EnhancementChain(inner, sample_rate, channels, strength)
+
+    def _for_hops(self) -> EnhancementNetwork:
+        "The network in onnxruntime, at a third of the time for a frame; itself where onnx is missing or it is there."
+        if self._by_hops is None:
+            from ssl_kit.enhance.onnx_export import onnx_network
+
+            with_onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
+            self._by_hops = onnx_network(self.network) if with_onnx and not self.int8 else self.network
+        return self._by_hops
 
     def check_stream(self, stream: bool = True) -> None:
         "ParameterError when a stream is asked of a network that looks ahead."

@@ -6,18 +6,22 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 from .final_net import FinalNet
 from ..lab.errors import DataError, MissingDataError, ParameterError
 from ..lab.files import write_bytes
 
 # %% auto #0
-__all__ = ['state_shapes', 'mask_graph', 'onnx_session', 'run_onnx', 'add_export_enhance_arguments', 'run_export_enhance']
+__all__ = ['state_shapes', 'mask_graph', 'onnx_session', 'OnnxMask', 'onnx_network', 'run_onnx', 'add_export_enhance_arguments',
+           'run_export_enhance']
 
 # %% ../../nbs/enhance/onnx_export.ipynb #8ff00790
 def _need(name: str):
@@ -196,6 +200,34 @@ def onnx_session(model):
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options,
                                 providers=["CPUExecutionProvider"])
+
+# %% ../../nbs/enhance/onnx_export.ipynb #0a1f7c52
+class OnnxMask(nn.Module):
+    "A graph of `mask_graph` in the place of `FinalNet.network`: the same call, the state as a list of arrays."
+
+    def __init__(self, model: bytes, network: EnhancementNetwork):
+        super().__init__()
+        self._session = onnx_session(model)
+        self._shapes = [state_shapes(network, n) for n in (1, 2)]
+
+    def forward(self, features: torch.Tensor, past: list | None = None) -> tuple[torch.Tensor, list]:
+        "Taps, and what the next frames need."
+        n = features.shape[0]
+        past = past or [np.zeros([a if a == b else n * a for a, b in zip(*shapes, strict=True)], np.float32)
+                        for shapes in zip(*self._shapes, strict=True)]
+        feed = {f"past_{k}": value for k, value in enumerate(past)}
+        taps, *now = self._session.run(None, {"features": features.numpy()} | feed)
+        return torch.from_numpy(taps), now
+
+
+def onnx_network(network: FinalNet, model: bytes | None = None) -> FinalNet:
+    """The network with onnxruntime in the place of its mask network, on the CPU; called like the one it was made from.
+
+    model: a graph of `mask_graph`; None: the network's own, in floats. One call of the graph costs a third of the
+    calls that PyTorch makes for a frame, so this is what streams run. Errors as of `mask_graph`."""
+    other = copy.copy(network)
+    other._modules = {**network._modules, "network": OnnxMask(model or mask_graph(network), network)}
+    return other.eval()
 
 # %% ../../nbs/enhance/onnx_export.ipynb #f92bb8a5
 def _frames(samples: np.ndarray, cfg: dict, window: np.ndarray) -> np.ndarray:
