@@ -34,7 +34,8 @@ ABOUT_KINDS = {
     "final": ("Final network",
               "Compressed ERB bands, convolutions, LSTMs along bands and along frames in turn, a complex mask and a "
               "filter over three frames below 2 kHz; trained on compressed spectra at three resolutions, SI-SNR and, "
-              "where it has a weight, PESQ's disturbance (`enhance.perceptual`)."),
+              "where they have a weight, PESQ's disturbance (`enhance.perceptual`) and STOI's correlations "
+              "(`enhance.intelligibility`): both flatter the measures that they imitate."),
 }
 _HEADINGS = (("pesq", "PESQ", 2), ("stoi", "STOI", 3), ("estoi", "ESTOI", 3), ("si_sdr", "SI-SDR (dB)", 1))
 

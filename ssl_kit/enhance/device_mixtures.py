@@ -11,7 +11,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from .mixtures import MixConfig, MixtureBatch, Pools
+from .mixtures import KNOTS_HZ, MixConfig, MixtureBatch, Pools
 from ..lab.errors import DataError, ParameterError
 
 # %% ../../nbs/enhance/device_mixtures.ipynb #7f0882d9
@@ -42,13 +42,10 @@ class _Recordings:
         return self.samples[starts + place.clamp(min=0).minimum(lengths - 1)].float() / 32768 * inside
 
 # %% ../../nbs/enhance/device_mixtures.ipynb #befbd4bb
-_KNOTS_HZ = (62.5, 125, 250, 500, 1000, 2000, 4000, 8000)
-
-
 def knot_weights(n_bins: int, sample_rate: int = 16000) -> np.ndarray:
     "Linear interpolation over octaves from the knots to `n_bins` frequencies up to half the rate: (knot, bin)."
     octave = np.log2(np.maximum(np.linspace(0, sample_rate / 2, n_bins), 1.0))
-    knots = np.log2(np.array(_KNOTS_HZ))
+    knots = np.log2(KNOTS_HZ)
     return np.stack([np.interp(octave, knots, row) for row in np.eye(len(knots))]).astype(np.float32)
 
 
@@ -115,7 +112,7 @@ class DeviceMixtures:
     def _filtered(self, rng, both: torch.Tensor) -> torch.Tensor:
         "Speech and noise (2, batch, sample), some of them through a filter each."
         cfg = self.config
-        shape = (2, cfg.batch_size, len(_KNOTS_HZ))
+        shape = (2, cfg.batch_size, len(KNOTS_HZ))
         knots_db = rng.uniform(-cfg.tilt_db, cfg.tilt_db, shape[:2])[..., None] * np.linspace(-0.5, 0.5, shape[2])
         knots_db = knots_db + cfg.ripple_db * rng.standard_normal(shape)
         knots_db *= (rng.random(cfg.batch_size) < cfg.filter_share)[:, None]

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .spectra import power_of, spectrum_of
+from .spectra import check_pair, power_of, spectrum_of
 from ..lab.errors import ParameterError
 
 # %% ../../nbs/enhance/intelligibility.ipynb #8285f7ad
@@ -52,9 +52,7 @@ def intelligibility(estimate: torch.Tensor, clean: torch.Tensor) -> torch.Tensor
     """About STOI, for signals (batch, sample) at 16 kHz: (batch,), 1 for equal ones, the same at any volume.
 
     Stretches are a quarter of their length apart. Raises ParameterError for other shapes."""
-    if estimate.ndim != 2 or estimate.shape != clean.shape:
-        raise ParameterError(f"estimate and clean: expected the same shape (batch, sample), found "
-                             f"{tuple(estimate.shape)} and {tuple(clean.shape)}")
+    check_pair(estimate, clean)
     with torch.autocast(estimate.device.type, enabled=False):
         # levels as those of speech, so that the floor of the envelopes is far below
         scale = clean.float().square().mean(-1, keepdim=True).clamp_min(1e-10).sqrt()

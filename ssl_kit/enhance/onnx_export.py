@@ -205,7 +205,7 @@ def onnx_session(model):
 class OnnxMask(nn.Module):
     "A graph of `mask_graph` in the place of `FinalNet.network`: the same call, the state as a list of arrays."
 
-    def __init__(self, model: bytes, network: EnhancementNetwork):
+    def __init__(self, model: bytes, network: FinalNet):
         super().__init__()
         self._session = onnx_session(model)
         self._shapes = [state_shapes(network, n) for n in (1, 2)]

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .spectra import power_of, spectrum_of
+from .spectra import check_pair, power_of, spectrum_of
 from ..lab.errors import ParameterError
 
 # %% ../../nbs/enhance/perceptual.ipynb #884555d8
@@ -62,9 +62,7 @@ def perceptual_disturbance(estimate: torch.Tensor, clean: torch.Tensor) -> torch
 
     0.1 times the symmetric plus 0.0309 times the asymmetric disturbance of P.862; the same at any volume. Raises
     ParameterError for other shapes."""
-    if estimate.ndim != 2 or estimate.shape != clean.shape:
-        raise ParameterError(f"estimate and clean: expected the same shape (batch, sample), found "
-                             f"{tuple(estimate.shape)} and {tuple(clean.shape)}")
+    check_pair(estimate, clean)
     with torch.autocast(estimate.device.type, enabled=False):
         _, threshold, width = bark_bands()
         threshold = torch.as_tensor(threshold, dtype=torch.float32, device=clean.device)[:, None]
