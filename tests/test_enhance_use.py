@@ -28,6 +28,7 @@ from ssl_kit.lab.audio import audio_info, read_audio, write_audio
 from ssl_kit.lab.audio_out import audio_writer, output_format
 from ssl_kit.lab.cli import main
 from ssl_kit.lab.errors import DataError, MissingDataError, ParameterError, StorageError
+from ssl_kit.lab.files import remove_leftovers
 
 TINY = {"entry": 4, "channels": 8, "frequency_hidden": 4, "time_hidden": 8, "blocks": 1}
 needs_onnx = pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime")),
@@ -371,9 +372,10 @@ def test_a_kill_leaves_no_half_file_and_the_command_goes_on(tmp_path, suffix):
         enhancer.enhance_file(source, target, progress=lambda share: share > 0.4 and os.kill(os.getpid(), 9))
 
     assert in_child(killed) == -signal.SIGKILL
-    assert not target.exists()
+    assert not target.exists() and [path.suffix for path in tmp_path.glob(".*")] == [".tmp"]
+    remove_leftovers(tmp_path)
     enhancer.enhance_file(source, target, progress=False)
-    assert audio_info(target).frames == 400_000
+    assert audio_info(target).frames == 400_000 and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

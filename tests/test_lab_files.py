@@ -18,6 +18,7 @@ from ssl_kit.lab.files import (
     atomic_write,
     file_lock,
     read_json,
+    remove_leftovers,
     sha256_file,
     sha256_json,
     to_plain,
@@ -207,3 +208,22 @@ with file_lock({str(path)!r}):
     waited_for = []
     with file_lock(path, timeout_s=5.0, on_wait=waited_for.append):
         assert path.read_text().strip() == str(os.getpid())
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
+    script = f"""
+import os
+from ssl_kit.lab.files import atomic_path
+with atomic_path({str(tmp_path / "a.txt")!r}) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    (half,) = tmp_path.iterdir()
+    other = tmp_path / half.name.replace(half.name.split(".")[3].split("-")[0], "0elsew")  # written on another machine
+    other.write_text("theirs")
+    (tmp_path / ".mine.tmp").write_text("a user's own")
+    with atomic_path(tmp_path / "b.txt") as alive:
+        alive.write_text("being written")
+        assert remove_leftovers(tmp_path) == [half]
+    assert {path.name for path in tmp_path.iterdir()} == {other.name, ".mine.tmp", "b.txt"}

@@ -218,6 +218,18 @@ def test_two_stages_may_not_share_a_name(runs):
         figures_command.export_figures()
 
 
+def test_a_table_of_a_figures_name_stands_beside_it(runs, tmp_path):
+    run = make_run(runs, "one", "a1", "mae")
+    (run.folder / "tables" / "mae.tex").write_text("\\toprule")
+    figures_command.export_figures()
+    folder = tmp_path / "figures"
+    assert {path.suffix for path in folder.glob("mae.*")} == {".pdf", ".png", ".csv", ".tex", ".json"}
+    assert all(state.fresh for state in figures_command.check_figures(folder))
+    (folder / "mae.png").unlink()
+    assert [state.reasons for state in figures_command.check_figures(folder) if not state.fresh] == [
+        ("mae.png is missing",)]
+
+
 def test_a_figure_altered_in_its_run_is_not_exported(runs, tmp_path):
     run = make_run(runs, "one", "a1", "mae")
     (run.folder / "figures" / "mae.csv").write_text("rate\n")

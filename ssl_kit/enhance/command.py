@@ -98,6 +98,7 @@ def enhance_folder(enhancer, source: Path, target: Path, settings: dict, strengt
     Raises ParameterError when `target` is the source or begun with other settings, MissingDataError without audio,
     StorageError when the disk is full."""
     from ssl_kit.lab.errors import StorageError
+    from ssl_kit.lab.files import remove_leftovers
     from ssl_kit.lab.progress import progress
 
     if target.resolve() == source.resolve():
@@ -107,6 +108,8 @@ def enhance_folder(enhancer, source: Path, target: Path, settings: dict, strengt
     paths = find_audio(source, target)
     begun = (target / SETTINGS_FILE).is_file() and not overwrite
     same_settings(target, settings, overwrite)
+    for folder in {(target / path.relative_to(source)).parent for path in paths}:
+        remove_leftovers(folder)
     done, failed = [], []
     for path in progress(paths, label=source.name, unit="file"):
         out = target / path.relative_to(source)
@@ -133,7 +136,7 @@ def report_line(done: dict) -> str:
 def run_enhance(args: argparse.Namespace) -> int:
     "Enhance and tell; returns 0, 1 when some files of a folder were bad, 2 when all were. Raises the kit's errors."
     from ssl_kit.enhance.enhancer import check_strength, checkpoint_folder, load_enhancer
-    from ssl_kit.lab.files import read_json
+    from ssl_kit.lab.files import read_json, remove_leftovers
 
     check_strength(args.strength)
     source, target = Path(args.source), Path(args.target)
@@ -162,6 +165,7 @@ def run_enhance(args: argparse.Namespace) -> int:
     else:
         if target.is_dir() or args.target.endswith("/"):
             target = target / source.name
+        remove_leftovers(target.parent)
         done, failed = [enhancer.enhance_file(source, target, args.strength, args.stream, args.overwrite)], []
         say(report_line(done[0]))
     if args.json:

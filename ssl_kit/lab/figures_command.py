@@ -17,7 +17,7 @@ from typing import Any
 
 from .errors import DataError, MissingDataError
 from .figures import write_together
-from .files import read_json, sha256_file, to_plain
+from .files import read_json, remove_leftovers, sha256_file, to_plain
 from .provenance import code_digests
 from .runs import Run, all_runs
 from .stages import find_stage
@@ -58,8 +58,12 @@ def _thesis_files(run: Run) -> dict[str, dict[str, bytes]]:
         for path in sorted((run.folder / "tables").glob("*.tex")):
             record = {"name": path.stem, "stage": run.stage, "run_id": run.run_id, "parameters": run.parameters,
                       "thesis": True, "files": {path.name: sha256_file(path)}, "code_digests": digests}
+            beside = found.get(path.stem, {})                        # a figure of the same name: one origin for both
+            if beside:
+                record = json.loads(beside[f"{path.stem}.origin.json"])
+                record["files"][path.name] = sha256_file(path)
             text = json.dumps(to_plain(record), indent=1, ensure_ascii=False) + "\n"
-            found[path.stem] = {path.name: path.read_bytes(), f"{path.stem}.origin.json": text.encode("utf-8")}
+            found[path.stem] = beside | {path.name: path.read_bytes(), f"{path.stem}.origin.json": text.encode("utf-8")}
     return found
 
 
@@ -79,6 +83,7 @@ def export_figures(runs: Iterable[Run] | None = None, folder: str | os.PathLike 
                                 "rename one of them")
             rows[name] = {"name": name, "stage": run.stage, "run_id": run.run_id, "files": sorted(files)}
             contents |= {folder / file: content for file, content in files.items()}
+    remove_leftovers(folder)
     write_together(contents)
     return list(rows.values())
 
