@@ -6,7 +6,6 @@
 __all__ = ['save_checkpoint', 'load_checkpoint']
 
 # %% ../../nbs/enhance/checkpoints.ipynb #30b321a2
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from .models import EnhancementNetwork, make_network
-from ..lab.errors import CheckpointError, MissingDataError, ParameterError
+from ..lab.errors import CheckpointError, MissingDataError
 from ..lab.files import read_json, sha256_file, write_bytes, write_json
 
 # %% ../../nbs/enhance/checkpoints.ipynb #c6e78d2d
@@ -41,7 +40,7 @@ def load_checkpoint(folder) -> tuple[EnhancementNetwork, dict]:
     try:
         about = read_json(config)
         network, expected = make_network(about["kind"], **about["model"]), about["sha256"]
-    except (ParameterError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{config}: expected the configuration of a network, found {error!r}") from error
     found = sha256_file(weights)
     if found != expected:

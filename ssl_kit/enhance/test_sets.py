@@ -98,13 +98,18 @@ def read_test_set(path) -> tuple[list[TestMixture], str]:
     path = Path(path)
     if not path.is_file():
         raise MissingDataError(f"test set {path} does not exist; it is part of the repository")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected a CSV table in UTF-8 ({error})") from error
     notes = [line[1:].strip() for line in lines if line.startswith("#")]
     reader = csv.DictReader(line for line in lines if not line.startswith("#"))
     if tuple(reader.fieldnames or ()) != _COLUMNS:
         raise DataError(f"{path}: expected the columns {', '.join(_COLUMNS)}, found {reader.fieldnames}")
     rows = []
     for number, row in enumerate(reader, 1):
+        if None in row or None in row.values():
+            raise DataError(f"{path}, mixture {number}: expected {len(_COLUMNS)} values")
         try:
             numbers = {name: int(row[name]) for name in ("start", "length", "offset", "snr_db")}
         except (TypeError, ValueError) as error:

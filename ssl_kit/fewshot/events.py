@@ -99,8 +99,9 @@ def read_predictions(path) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise MissingDataError(f"{path}: expected a table of predictions, found none")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        reader = csv.DictReader(text.splitlines(keepends=True))
         if not {"Audiofilename", "Starttime", "Endtime"} <= set(reader.fieldnames or ()):
             raise DataError(f"{path}: expected the columns Audiofilename, Starttime, Endtime, found "
                             f"{reader.fieldnames}")
@@ -114,6 +115,8 @@ def read_predictions(path) -> dict[str, np.ndarray]:
             if not np.isfinite(times).all() or times[1] <= times[0]:
                 raise DataError(f"{path}, line {number}: expected Starttime < Endtime, found {times[0]} and {times[1]}")
             found.setdefault(row["Audiofilename"], []).append(times)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: expected a CSV table in UTF-8 ({error})") from error
     return {name: np.array(sorted(rows)) for name, rows in found.items()}
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from .features import FeatureConfig, file_features
 from ..lab.audio import audio_info
 from ..lab.errors import DataError, MissingDataError, ParameterError, SslKitError
-from ..lab.files import atomic_write, read_json, sha256_file, sha256_json, write_json
+from ..lab.files import DAMAGED_ARRAYS, atomic_write, read_json, sha256_file, sha256_json, write_json
 from ..lab.progress import progress
 
 # %% ../../nbs/fewshot/store.ipynb #ef608ed1
@@ -69,7 +69,7 @@ def open_frames(path, config: FeatureConfig | None = None) -> np.ndarray:
                                f"`ssl-kit fewshot export`")
     try:
         frames = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except DAMAGED_ARRAYS as error:
         raise DataError(f"{path}: damaged or truncated ({error}); `ssl-kit fewshot export` makes it anew") from error
     if frames.ndim != 2 or frames.shape[1] != config.n_mels or frames.dtype != np.float32:
         raise DataError(f"{path}: expected float32 (frame, {config.n_mels}), found {frames.dtype} {frames.shape}; "

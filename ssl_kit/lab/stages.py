@@ -74,9 +74,18 @@ def _literal(source: str, name: str, where: str) -> Any:
     raise ParameterError(f"{where}: expected an assignment to {name}, found none")
 
 
+def _code_cells(notebook: Any, where: str) -> list[dict]:
+    "Code cells {source: str, tags: list}; ParameterError for what is no notebook."
+    try:
+        return [{"source": "".join(cell["source"]), "tags": [*cell["metadata"].get("tags", [])]}
+                for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ParameterError(f"{where}: expected a Jupyter notebook of version 4, found {error!r}") from error
+
+
 def _tagged(cells: list[dict], tag: str, where: str, required: bool = True) -> str:
     "Source of the one code cell with this tag."
-    found = ["".join(cell["source"]) for cell in cells if tag in cell["metadata"].get("tags", [])]
+    found = [cell["source"] for cell in cells if tag in cell["tags"]]
     if len(found) > 1 or (required and not found):
         raise ParameterError(f"{where}: expected one code cell tagged {tag!r}, found {len(found)}")
     return found[0] if found else ""
@@ -117,7 +126,7 @@ def read_stage(path: str | os.PathLike) -> Stage:
     "Read what a stage notebook declares, without running any of it; ParameterError names what is wrong with it."
     path = Path(path)
     where = path.name
-    cells = [cell for cell in read_json(path)["cells"] if cell["cell_type"] == "code"]
+    cells = _code_cells(read_json(path), where)
     declared = _declaration(_tagged(cells, "stage", where), where)
     parameters = parse_parameters(_tagged(cells, "parameters", where), where)
     profiles_source = _tagged(cells, "profiles", where, required=False)
@@ -134,8 +143,7 @@ def read_stage(path: str | os.PathLike) -> Stage:
                                      f"{nearest(name, parameters)}")
     parameters = _with_choices(parameters, declared.get("choices", {}), where)
     skipped = {"stage", "parameters", "profiles"}
-    source = "\n".join(_python("".join(cell["source"])) for cell in cells
-                       if not skipped & set(cell["metadata"].get("tags", [])))
+    source = "\n".join(_python(cell["source"]) for cell in cells if not skipped & set(cell["tags"]))
     stage = Stage(path.stem, path, declared["title"], declared.get("track", ""), tuple(declared.get("needs", ())),
                   parameters, profiles, {key: tuple(value) for key, value in data.items()},
                   tuple(declared.get("optional_data", ())), declared.get("seconds", {}), source,

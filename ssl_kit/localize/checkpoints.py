@@ -7,7 +7,6 @@ __all__ = ['network_class', 'save_checkpoint', 'load_checkpoint', 'convert_forei
 
 # %% ../../nbs/localize/checkpoints.ipynb #dcaecda0
 import importlib
-import json
 import pickle
 from dataclasses import asdict, fields
 from importlib import resources
@@ -65,7 +64,7 @@ def load_checkpoint(folder) -> tuple[torch.nn.Module, dict]:
         known = {field.name for field in fields(network.config_class)}
         model = network(network.config_class(**{k: v for k, v in about["model"].items() if k in known}))
         expected_hash = about["sha256"]
-    except (SslKitError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (SslKitError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{config}: expected the configuration of a network, found {error!r}") from error
     if set(about["model"]) - known:
         raise CheckpointError(f"{config}: unknown settings {sorted(set(about['model']) - known)}; "

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..lab.errors import DataError, MissingDataError, ParameterError
-from ..lab.files import atomic_write, file_lock, read_json, to_plain, write_json
+from ..lab.files import DAMAGED_ARRAYS, atomic_write, file_lock, read_json, to_plain, write_json
 from ..lab.progress import progress
 from .codebooks import codes_of, phase_indices
 from .geometry import Surface
@@ -59,7 +59,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except FileNotFoundError as error:
         raise MissingDataError(f"{path}: expected a shard of scenes, found none") from error
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except DAMAGED_ARRAYS as error:
         raise DataError(f"{path}: expected a shard of scenes (.npz), found a truncated or foreign file ({error}); "
                         "remove it and build the shards again: the others are kept") from error
 
@@ -76,12 +76,16 @@ def read_shard(path: str | os.PathLike, surface: Surface | None = None) -> Shard
     if "facts" not in arrays:
         raise DataError(f"{path}: expected keys y, channel, sources, ... or the earlier y, H_full, codes, ptr, ...; "
                         f"found {sorted(arrays)}")
-    facts = json.loads(str(arrays["facts"]))
-    bits = facts["bits"]
+    try:
+        facts = json.loads(str(arrays["facts"]))
+        bits, own_surface = facts["bits"], Surface(**facts["surface"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: expected the facts that write_shard leaves, found {error!r}; build the shard again") \
+            from error
     codes = np.exp(1j * arrays["code_phase"]).astype(np.complex64) if bits is None else \
         codes_of(arrays["code_index"], bits)
     batch = SceneBatch(arrays["y"], arrays["channel"], codes, arrays["sources"],
-                       arrays["n_sources"].astype(np.int64), arrays["snr_db"], Surface(**facts["surface"]), bits,
+                       arrays["n_sources"].astype(np.int64), arrays["snr_db"], own_surface, bits,
                        *map(arrays.get, _OPTIONAL))
     return Shard(batch, arrays.get("r_samp_factor"))
 
@@ -146,7 +150,7 @@ def _is_whole(path: Path, n_scenes: int) -> bool:
                 return False
         with np.load(path, allow_pickle=False) as file:
             return len(file["n_sources"]) == n_scenes
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except DAMAGED_ARRAYS:
         return False
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..arrays.angles import angular_error_deg
 from ..lab.errors import DataError, MissingDataError
-from ..lab.files import atomic_write
+from ..lab.files import DAMAGED_ARRAYS, atomic_write
 
 # %% ../../nbs/routing/bank.ipynb #1073b309
 @dataclass(frozen=True, eq=False)
@@ -286,7 +286,7 @@ def read_npz(path: str | os.PathLike, memory_map: bool = False) -> dict[str, np.
             large = {info.filename.removesuffix(".npy"): info for info in members.infolist()
                      if memory_map and info.compress_type == zipfile.ZIP_STORED and info.file_size > 1e6}
             return {key: _map_member(path, large[key]) if key in large else archive[key] for key in archive.files}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, struct.error) as error:
+    except DAMAGED_ARRAYS as error:
         reason = "holds pickled objects, which are refused" if "allow_pickle" in str(error) else f"damaged ({error})"
         raise DataError(f"{path}: {reason}; expected plain arrays as save_bank writes them") from error
 

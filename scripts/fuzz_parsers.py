@@ -1,0 +1,444 @@
+"""Bytes that nobody meant, at every reader of files: only the kit's own errors may come out, and no file may stay.
+
+    python scripts/fuzz_parsers.py                          # all readers, 10 s each, mutations of real files
+    python scripts/fuzz_parsers.py --seconds 600 --guided   # guided by coverage (pip install atheris)
+    python scripts/fuzz_parsers.py --only manifest --keep crashes
+
+Prints a row for each reader: inputs tried, read, refused, crashes. Ends with 1 when there was a crash; with --keep its
+input is left in that folder.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MEMORY_BYTES = 6 << 30  # a header that promises terabytes must not bring the machine down
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader of files: examples to begin with, and what is called with a changed one."""
+
+    name: str
+    file: str                           # what the file is called; readers look at the suffix
+    examples: Callable[[], list[bytes]]
+    read: Callable[[Path], object]
+
+
+def _bytes_of(write: Callable[[Path], object], name: str) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / name)
+        return (Path(folder) / name).read_bytes()
+
+
+def _manifests() -> list[bytes]:
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "data_manifests").glob("*.yaml"))]
+    return [re.sub(r"^name: .*$", "name: manifest", text, flags=re.MULTILINE).encode() for text in texts]
+
+
+def _read_manifest(path: Path):
+    from ssl_kit.lab.manifests import read_manifest
+
+    return read_manifest(path)
+
+
+def _arrays() -> list[bytes]:
+    return [b"name,x_m,y_m,z_m\na,0,0,0\nb,0.03,0,0\nc,0,0.03,0\n", b"x_m,y_m\n0.1,0\n-0.1,0\n"]
+
+
+def _arrays_as_yaml() -> list[bytes]:
+    return [b"label: pair\nreference: a\nmicrophones:\n  a: [0.0, 0.0, 0.0]\n  b: [0.1, 0.0, 0.0]\n"]
+
+
+def _read_array(path: Path):
+    from ssl_kit.arrays.geometry import load_geometry
+
+    return load_geometry(path)
+
+
+def _sounds() -> list[bytes]:
+    import numpy as np
+    import soundfile
+
+    noise, found = 0.1 * np.random.default_rng(0).standard_normal((800, 2)), []
+    kinds = (("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("AIFF", "PCM_24"))
+    for kind, subtype in kinds:
+        buffer = io.BytesIO()
+        soundfile.write(buffer, noise, 16000, format=kind, subtype=subtype)
+        found.append(buffer.getvalue())
+    return found
+
+
+def _read_sound(path: Path):
+    from ssl_kit.lab.audio import audio_info, read_audio, stream_audio
+
+    info = audio_info(path)
+    if info.frames * info.channels < 10_000_000:
+        read_audio(path, None)
+        for _ in stream_audio(path, 0.01, None):
+            pass
+
+
+def _predictions() -> list[bytes]:
+    return [b"global_idx,pred_angle,gt_angle,abs_error,max_prob\n0,10,12,2,0.9\n1,359,1,2,0.5\n2,90,180,90,0.1\n"]
+
+
+def _read_predictions(path: Path):
+    from ssl_kit.routing.route_study import RouteColumns, load_predictions
+
+    return load_predictions(path, RouteColumns())
+
+
+def _fallbacks() -> list[bytes]:
+    import numpy as np
+
+    from ssl_kit.routing.bank import FallbackTable, save_fallback
+
+    n = np.arange(4)
+    table = FallbackTable(**{item: (n if item == "global_indices" else n * 10.0)
+                             for item in FallbackTable.__dataclass_fields__ if item not in ("columns", "frame_maps")})
+    return [_bytes_of(lambda path: save_fallback(table, path), "fallback.csv")]
+
+
+def _read_fallback(path: Path):
+    from ssl_kit.routing.bank import load_fallback
+
+    return load_fallback(path)
+
+
+def _events() -> list[bytes]:
+    return [b"Audiofilename,Starttime,Endtime,DOG,CAT\na.wav,0.5,1.0,POS,NEG\na.wav,2.0,2.5,UNK,POS\n",
+            b"Audiofilename,Starttime,Endtime,Q\na.wav,0.5,1.0,POS\n"]
+
+
+def _read_events(path: Path):
+    from ssl_kit.fewshot.annotations import read_events
+
+    return read_events(path, 10.0)
+
+
+def _detections() -> list[bytes]:
+    return [b"Audiofilename,Starttime,Endtime\na.wav,0.5000,1.0000\nb.wav,2.0,2.5\n"]
+
+
+def _read_detections(path: Path):
+    from ssl_kit.fewshot.events import read_predictions
+
+    return read_predictions(path)
+
+
+def _test_sets() -> list[bytes]:
+    return [b"".join(path.read_bytes().splitlines(keepends=True)[:8])
+            for path in sorted((ROOT / "data_manifests").glob("enhance_*.csv"))]
+
+
+def _read_test_set(path: Path):
+    from ssl_kit.enhance.test_sets import read_test_set
+
+    return read_test_set(path)
+
+
+@lru_cache(1)
+def _enhancer() -> dict[str, bytes]:
+    """The files of a small checkpoint."""
+    import torch
+
+    from ssl_kit.enhance.checkpoints import save_checkpoint
+    from ssl_kit.enhance.final_net import FinalConfig, FinalNet
+
+    torch.manual_seed(0)
+    network = FinalNet(FinalConfig(entry=4, channels=4, time_hidden=4, frequency_hidden=4, blocks=1))
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(folder, network, {"steps": 1})
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def _read_enhancer(path: Path):
+    from ssl_kit.enhance.checkpoints import load_checkpoint
+
+    return _read_checkpoint(path, _enhancer(), load_checkpoint)
+
+
+def _read_checkpoint(path: Path, files: dict[str, bytes], load: Callable):
+    """The other file is whole, and the hash is right, so that the reader goes on to the content."""
+    files = files | {path.name: path.read_bytes()}
+    if path.suffix == ".safetensors":
+        hashed = json.loads(files["config.json"]) | {"sha256": hashlib.sha256(files[path.name]).hexdigest()}
+        files["config.json"] = json.dumps(hashed).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data)
+        return load(folder)
+
+
+@lru_cache(1)
+def _localizer() -> dict[str, bytes]:
+    folder = ROOT / "ssl_kit" / "assets" / "checkpoints" / "crnn_6cm"
+    return {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
+
+
+def _read_localizer(path: Path):
+    from ssl_kit.localize.checkpoints import load_checkpoint
+
+    return _read_checkpoint(path, _localizer(), load_checkpoint)
+
+
+def _shards() -> list[bytes]:
+    from ssl_kit.nearfield.scenes import SceneConfig, draw_scenes
+    from ssl_kit.nearfield.shards import write_earlier_shard, write_shard
+
+    batch = draw_scenes(SceneConfig(), 0, range(1))
+    return [_bytes_of(lambda path: write_shard(path, batch), "shard.npz"),
+            _bytes_of(lambda path: write_earlier_shard(path, batch), "shard.npz")]
+
+
+def _read_shard(path: Path):
+    from ssl_kit.nearfield.shards import read_shard
+
+    return read_shard(path)
+
+
+def _banks() -> list[bytes]:
+    from ssl_kit.routing.bank import save_bank
+    from ssl_kit.routing.synthetic import synthetic_bank
+
+    bank, _ = synthetic_bank(n=20, n_frames=2, n_features=64)
+    return [_bytes_of(lambda path: save_bank(bank, path), "bank.npz")]
+
+
+def _read_bank(path: Path):
+    from ssl_kit.routing.bank import load_bank
+
+    load_bank(path, memory_map=True)
+    return load_bank(path, memory_map=False)
+
+
+def _notebooks() -> list[bytes]:
+    return [path.read_bytes() for path in sorted((ROOT / "nbs" / "stages").glob("routing_*.ipynb"))]
+
+
+def _read_notebook(path: Path):
+    from ssl_kit.lab.stages import read_stage
+
+    return read_stage(path)
+
+
+def _parameter_cells() -> list[bytes]:
+    return [b"seed: int = 0  # random seed\nrate: float = 0.5\nnames: list[str] = ['a']\nlimit: int | None = None\n"]
+
+
+def _read_parameters(path: Path):
+    from ssl_kit.lab.errors import ParameterError
+    from ssl_kit.lab.parameters import parse_parameters
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ParameterError("no text") from error       # a notebook is JSON: its cells are text
+    return parse_parameters(text, "cell")
+
+
+def _features() -> list[bytes]:
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((20, 128), np.float32))
+    return [buffer.getvalue()]
+
+
+def _read_features(path: Path):
+    from ssl_kit.fewshot.store import open_frames
+
+    return open_frames(path).sum()
+
+
+TARGETS = (
+    Target("manifest", "manifest.yaml", _manifests, _read_manifest),
+    Target("array geometry, CSV", "array.csv", _arrays, _read_array),
+    Target("array geometry, YAML", "array.yaml", _arrays_as_yaml, _read_array),
+    Target("audio header", "sound.wav", _sounds, _read_sound),
+    Target("table of predictions", "scores.csv", _predictions, _read_predictions),
+    Target("table of fallbacks", "fallback.csv", _fallbacks, _read_fallback),
+    Target("table of events", "events.csv", _events, _read_events),
+    Target("table of detections", "found.csv", _detections, _read_detections),
+    Target("test set", "set.csv", _test_sets, _read_test_set),
+    Target("checkpoint, configuration", "config.json", lambda: [_enhancer()["config.json"]], _read_enhancer),
+    Target("checkpoint, weights", "model.safetensors", lambda: [_enhancer()["model.safetensors"]], _read_enhancer),
+    Target("localizer, configuration", "config.json", lambda: [_localizer()["config.json"]], _read_localizer),
+    Target("shard", "shard.npz", _shards, _read_shard),
+    Target("bank", "bank.npz", _banks, _read_bank),
+    Target("stage notebook", "stage.ipynb", _notebooks, _read_notebook),
+    Target("parameters cell", "cell.txt", _parameter_cells, _read_parameters),
+    Target("features", "x_logmel.npy", _features, _read_features),
+)
+
+
+def _allowed() -> tuple[type[BaseException], ...]:
+    from ssl_kit.lab.errors import SslKitError
+
+    return (SslKitError,)
+
+
+_PIECES = (b"", b"0", b"-1", b"1e309", b"NaN", b"inf", b"null", b"[]", b"{}", b"\"\"", b"\xff", b"\x00", b"\n", b",",
+           b"../../x", b"9" * 40, b"true", b"\xe2\x80\xae", b"- ", b": ", b"&a [*a]", b"!!python/object:os.system x")
+
+
+def mutated(rng: random.Random, data: bytes) -> bytes:
+    """One to four changes: a byte, a stretch doubled or gone, a piece that parsers dislike, an end too early."""
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(changed) + 1)
+        kind = rng.randrange(6)
+        if kind == 0 and at < len(changed):
+            changed[at] = rng.randrange(256)
+        elif kind == 1:
+            del changed[at:at + rng.choice((1, 2, 8, 64))]
+        elif kind == 2:
+            changed[at:at] = changed[at:at + rng.choice((1, 4, 16, 64))]
+        elif kind == 3:
+            changed[at:at + rng.randint(0, 6)] = rng.choice(_PIECES)
+        elif kind == 4:
+            del changed[at:]
+        elif at < len(changed):
+            changed[at] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+class Tried:
+    """Counts of one reader, and inputs that made it crash."""
+
+    def __init__(self, target: Target, keep: Path | None = None):
+        self.target, self.keep = target, keep
+        self.n, self.n_read, self.crashes = 0, 0, []
+        self.folder = Path(tempfile.mkdtemp())
+
+    def once(self, data: bytes) -> None:
+        """Read `data` as a file; what is neither read nor refused by one of the kit's errors is noted."""
+        path = self.folder / self.target.file
+        path.write_bytes(data)
+        self.n += 1
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.target.read(path)
+            self.n_read += 1
+        except _allowed() as error:
+            if not str(error):
+                self._note(data, "an error without words")
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            self._note(data, f"{type(error).__name__}: {str(error)[:100]} ({Path(place.filename).name}:{place.lineno})")
+        path.unlink(missing_ok=True)
+        left = [other.name for other in self.folder.iterdir()]
+        if left:
+            self._note(data, f"files left: {left}")
+            for name in left:
+                (self.folder / name).unlink()
+
+    def _note(self, data: bytes, what: str) -> None:
+        kind = what.split(":")[0] + what[what.rfind("("):]
+        if all(kind != known for known, _ in self.crashes):
+            self.crashes.append((kind, what))
+            if self.keep is not None:
+                self.keep.mkdir(parents=True, exist_ok=True)
+                (self.keep / f"{self.target.name.replace(' ', '_')}_{len(self.crashes)}").write_bytes(data)
+
+    def row(self) -> dict:
+        """What the table shows."""
+        return {"reader": self.target.name, "tried": self.n, "read": self.n_read, "refused": self.n - self.n_read -
+                len(self.crashes), "crashes": [what for _, what in self.crashes]}
+
+
+def try_target(target: Target, seconds: float = 10.0, n_max: int | None = None, seed: int = 0,
+               keep: Path | None = None) -> dict:
+    """Mutations of the examples, until the time or the number is up."""
+    examples, rng, tried = target.examples(), random.Random(seed), Tried(target, keep)
+    deadline = time.monotonic() + seconds
+    for data in examples:
+        tried.once(data)
+    if tried.n_read != len(examples) or tried.crashes:
+        raise SystemExit(f"{target.name}: the examples themselves must be readable; {tried.row()}")
+    while time.monotonic() < deadline and (n_max is None or tried.n < n_max):
+        tried.once(mutated(rng, rng.choice(examples)))
+    return tried.row()
+
+
+def guided(target: Target, seconds: float, keep: Path | None) -> None:
+    """The same guided by coverage of the package; prints a line of JSON at the end. Runs in a process of its own."""
+    import atheris
+
+    with atheris.instrument_imports(include=["ssl_kit", "yaml", "csv"], enable_loader_override=False):
+        examples, tried = target.examples(), Tried(target, keep)
+        for data in examples:
+            tried.once(data)
+    with tempfile.TemporaryDirectory() as corpus:
+        for k, data in enumerate(examples):
+            (Path(corpus) / str(k)).write_bytes(data)
+        end = time.monotonic() + seconds
+
+        def one(data: bytes) -> None:
+            tried.once(data)
+            if time.monotonic() > end:
+                print(json.dumps(tried.row()), flush=True)
+                os._exit(0)
+
+        with contextlib.redirect_stdout(sys.stderr):
+            atheris.Setup([sys.argv[0], corpus, "-rss_limit_mb=0", "-verbosity=0", "-len_control=0",
+                           f"-max_len={2 * max(map(len, examples))}", "-timeout=60"], one)
+        atheris.Fuzz()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Try the readers and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each reader (10)")
+    parser.add_argument("--only", action="append", choices=[target.name for target in TARGETS], help="these alone")
+    parser.add_argument("--guided", action="store_true", help="guided by coverage; needs atheris")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder for inputs that crash a reader")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(arguments)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    chosen = [target for target in TARGETS if not args.only or target.name in args.only]
+    rows = []
+    for target in chosen:
+        if args.guided and len(chosen) > 1:
+            command = [sys.executable, __file__, "--guided", "--only", target.name, "--seconds", str(args.seconds)]
+            done = subprocess.run(command + (["--keep", str(args.keep)] if args.keep else []), capture_output=True,
+                                  text=True)
+            found = [line for line in done.stdout.splitlines() if line.startswith("{")]
+            rows.append(json.loads(found[-1]) if found else
+                        {"reader": target.name, "tried": 0, "read": 0, "refused": 0,
+                         "crashes": [f"the process ended: {done.stderr[-300:]}"]})
+        elif args.guided:
+            guided(target, args.seconds, args.keep)
+        else:
+            rows.append(try_target(target, args.seconds, seed=args.seed, keep=args.keep))
+        if not args.json:
+            row = rows[-1]
+            print(f"{row['reader']:28} tried {row['tried']:7}  read {row['read']:7}  refused {row['refused']:7}  "
+                  f"crashes {len(row['crashes'])}", *(f"\n    {what}" for what in row["crashes"]), sep="", flush=True)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    return int(any(row["crashes"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
