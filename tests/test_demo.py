@@ -1,12 +1,15 @@
 """The enhancement demo: limits before work, wrong files named, before and after alike, and the page in a browser."""
 
 import argparse
+import io
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
 import numpy as np
@@ -362,6 +365,50 @@ def test_files_of_the_server_cannot_be_asked_for(served, tmp_path, checkpoint):
         asked = requests.post(f"{api}/call/enhance", timeout=60, json={"data": data})
         said = requests.get(f"{api}/call/enhance/{asked.json()['event_id']}", timeout=60).text
         assert "event: error" in said and "secret" not in said
+
+
+HOSTILE = ("../../../etc/passwd.wav", "..\\..\\boot.wav", "/etc/cron.d/x.wav", "%2e%2e%2fx.wav",
+           "$(touch x).wav", "-rf.wav", "<img src=x onerror=alert(1)>.wav", "x" * 300 + ".wav", "\u202egnp.wav",
+           ".hidden.wav", "a;b&c|d.wav", "con.wav", "two\nlines.wav", "caf\u00e9 \U0001f50a.wav", "no_suffix", " .wav")
+
+
+@pytest.mark.slow
+def test_fifty_uploads_at_once_with_hostile_names(served, tmp_path):
+    """Each is enhanced or refused in words, none is taken for another, nothing lands outside of the page's folder."""
+    requests = pytest.importorskip("requests")
+    port, temporary = served
+    api = f"http://127.0.0.1:{port}/gradio_api"
+    before = {path for path in tmp_path.parent.rglob("*") if temporary not in path.parents}
+
+    def one(k):
+        seconds, name = 0.3 + 0.01 * k, HOSTILE[k % len(HOSTILE)]
+        path = tmp_path / f"{k}.wav"
+        soundfile.write(path, noise(seconds), 16000)
+        sent = requests.post(f"{api}/upload", files={"files": (name, path.read_bytes(), "audio/wav")}, timeout=300)
+        if sent.status_code != 200:
+            return f"refused: {name!r} {sent.text[:80]}"
+        file = {"path": sent.json()[0], "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+        for _ in range(300):                                         # few may wait in line; the others hear that
+            asked = requests.post(f"{api}/call/enhance", timeout=300, json={"data": [file, "tiny", 1.0, None]})
+            if asked.status_code == 200:
+                break
+            assert "Queue is full" in asked.text
+            time.sleep(1)
+        said = requests.get(f"{api}/call/enhance/{asked.json()['event_id']}", timeout=300).text
+        if "event: error" in said:
+            return f"refused: {name!r} {said[:80]}"
+        assert "<img src=x" not in said and "../" not in said
+        result = re.search(r'"url": ?"[^"]*?(/file=[^"]+)"', said)[1]
+        heard, rate = soundfile.read(io.BytesIO(requests.get(api + result, timeout=300).content))
+        assert rate == 16000 and len(heard) == round(seconds * 16000)  # its own, not another's
+        return "enhanced"
+
+    with ThreadPoolExecutor(50) as pool:
+        told = list(pool.map(one, range(50)))
+    assert told.count("enhanced") == 50, sorted(set(told))
+    made = {path for path in tmp_path.parent.rglob("*") if temporary not in path.parents} - before
+    assert {path.name for path in made if path.is_file()} == {f"{k}.wav" for k in range(50)}
+    assert requests.get(f"http://127.0.0.1:{port}/", timeout=60).status_code == 200
 
 
 @pytest.mark.slow
