@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from stage_notebooks import write_stage, write_toy
 from ssl_kit.lab import doctor
 from ssl_kit.lab import runs as runs_module
 from ssl_kit.lab.cli import COMMANDS, build_parser, main
+from ssl_kit.lab.completion import completion_script
+from ssl_kit.lab.errors import ParameterError
 from ssl_kit.lab.execute import StageFailure
 from ssl_kit.lab.files import write_json
 from ssl_kit.lab.runs import assign
@@ -225,3 +228,28 @@ def test_doctor(lab, capsys, monkeypatch):
     monkeypatch.setenv("SSL_KIT_RUNS", str(lab / "file" / "runs"))
     monkeypatch.setattr(doctor, "check_gpu", lambda: doctor.Finding("gpu", "ok", "none"))
     assert "FAIL  runs" in answer(capsys, "doctor", code=1)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_options_and_stages(tmp_path):
+    script = subprocess.run([sys.executable, "-m", "ssl_kit.lab.cli", "completion", "bash"], capture_output=True,
+                            text=True, check=True, cwd=ROOT).stdout
+    (tmp_path / "complete.bash").write_text(script)
+
+    def offered(*words):
+        asked = " ".join(f"'{word}'" for word in words)
+        line = f"""source {tmp_path}/complete.bash; COMP_WORDS=({asked}); COMP_CWORD={len(words) - 1}
+                   $(complete -p ssl-kit | grep -o '_shtab[a-z_]*'); echo "${{COMPREPLY[@]}}" """
+        return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout.split()
+
+    assert offered("ssl-kit", "enh") == ["enhance"]
+    assert offered("ssl-kit", "enhance", "--str") == ["--strength", "--stream"]
+    assert "routing_study" in offered("ssl-kit", "run", "routing_st")
+
+
+def test_another_shell_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["completion", "csh"])
+    assert "choose from" in capsys.readouterr().err
+    with pytest.raises(ParameterError, match="expected one of bash, zsh, tcsh"):
+        completion_script("fish")

@@ -40,6 +40,7 @@ COMMANDS = {
     "export-enhance": ("ssl_kit.enhance.onnx_export", "write an enhancement network as ONNX"),
     "demo": ("ssl_kit.apps.demo", "a page: a noisy recording in, an enhanced one out, to hear and to compare"),
     "fewshot": ("ssl_kit.fewshot.command", "five calls in, all the others of the recording out"),
+    "completion": ("ssl_kit.lab.completion", "print a script that completes commands and options in a shell"),
     "doctor": ("ssl_kit.lab.doctor", "say whether this machine is ready, and what is missing"),
 }
 _EPILOG = "example: ssl-kit run routing_study -p corpus=librispeech   (ssl-kit COMMAND --help shows more)"
@@ -55,8 +56,8 @@ def _function(command: str) -> str:
     return command.replace("-", "_")
 
 
-def build_parser(command: str | None) -> argparse.ArgumentParser:
-    "The parser, with the arguments of `command` alone: only its module is imported."
+def build_parser(*commands: str | None) -> argparse.ArgumentParser:
+    "The parser, with the arguments of `commands` alone: only their modules are imported."
     parser = argparse.ArgumentParser("ssl-kit", description="Array audio that knows when its network fails.",
                                      epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"ssl-kit {ssl_kit.__version__}")
@@ -67,7 +68,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
                                     formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
                          help="show the traceback of an error")
-        if name == command:
+        if name in commands:
             getattr(importlib.import_module(module), f"add_{_function(name)}_arguments")(sub)
     return parser
 
