@@ -1,0 +1,258 @@
+"""Faults at random moments of real runs: what was tried, what survived, what was lost, what was left behind.
+
+    python scripts/hard_knocks.py                                     # 20 kills, and the rest, on a small stage
+    python scripts/hard_knocks.py --stage routing_study --kills 20    # of a real chain of stages, at profile ci
+
+Every fault is done to `ssl-kit run STAGE` in a folder of its own, and the numbers that come out at the end are
+compared with those of a run that nobody disturbed. "lost" counts runs that ended with other numbers, or never;
+"left" counts temporary files after the end. Prints a table; ends with 1 when anything was lost or left.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SKIPPED = "skipped"
+
+
+class Ground:
+    """A folder for runs, and the command in it."""
+
+    def __init__(self, stage: str, values: list[str], stages: Path, folder: Path):
+        self.stage, self.values, self.stages, self.runs = stage, values, stages, folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def environment(self, **more) -> dict:
+        """Runs and figures here, the stages of the test, one thread."""
+        return os.environ | {"SSL_KIT_RUNS": str(self.runs), "SSL_KIT_FIGURES": str(self.runs / "figures"),
+                             "SSL_KIT_STAGES": str(self.stages), "OMP_NUM_THREADS": "1",
+                             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])} | more
+
+    def command(self, *more: str) -> list[str]:
+        """The command that runs the stage at profile ci."""
+        given = [word for value in self.values for word in ("-p", value)]
+        return [sys.executable, "-m", "ssl_kit.lab.cli", "run", self.stage, "--profile", "ci", *given, *more]
+
+    def start(self, **environment) -> subprocess.Popen:
+        """The command in a session of its own, so that all of it can be killed."""
+        return subprocess.Popen(self.command("--json"), env=self.environment(**environment), cwd=self.runs.parent,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def finish(self, **environment) -> tuple[int, list | None, str]:
+        """Exit code, the runs with their metrics, and what was said."""
+        process = self.start(**environment)
+        out, said = process.communicate(timeout=1800)
+        with contextlib.suppress(ValueError):
+            return process.returncode, [(row["stage"], row["metrics"].get("headline")) for row in json.loads(out)], said
+        return process.returncode, None, said
+
+    def left(self) -> int:
+        """Temporary files that lie about."""
+        return len([path for path in self.runs.rglob(".*.tmp") if path.is_file()])
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to the command and, where it lives in a session of its own, to its kernel."""
+    children = []
+    with contextlib.suppress(Exception):
+        import psutil
+
+        children = psutil.Process(process.pid).children(recursive=True)
+    for pid in [process.pid, *(child.pid for child in children)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def kills(ground, wanted, seconds, rng, times):
+    """kill -9 at random moments, again and again until it was done so often; then to the end."""
+    done = survived = lost = 0
+    while done < times:
+        process = ground.start()
+        try:
+            process.communicate(timeout=rng.uniform(0.3, 0.9 * seconds))
+        except subprocess.TimeoutExpired:
+            kill_all(process)
+            done += 1
+            listed = subprocess.run([sys.executable, "-m", "ssl_kit.lab.cli", "list"], env=ground.environment(),
+                                    capture_output=True, cwd=ground.runs.parent)
+            survived += listed.returncode == 0
+            lost += listed.returncode != 0
+            continue
+        if done < times:                                             # it came to its end before the kill: once more
+            lost += ground.finish()[1] != wanted
+            shutil.rmtree(ground.runs)
+            ground.runs.mkdir()
+    code, found, said = ground.finish()
+    if code or found != wanted:
+        print(said[-500:], file=sys.stderr)
+        lost += 1
+    return done, survived - lost if lost else survived, lost
+
+
+def two_at_once(ground, wanted, seconds, rng, times):
+    """Two of the same command at once: both have the same numbers, and there is one run of each stage."""
+    survived = 0
+    for _ in range(times):
+        shutil.rmtree(ground.runs, ignore_errors=True)
+        ground.runs.mkdir()
+        processes = [ground.start() for _ in range(2)]
+        found = [process.communicate(timeout=1800)[0] for process in processes]
+        with contextlib.suppress(ValueError):
+            heads = [[(row["stage"], row["metrics"].get("headline")) for row in json.loads(out)] for out in found]
+            n_runs = len(list(ground.runs.glob("*/*/status.json")))
+            survived += heads == [wanted, wanted] and n_runs == len(wanted)
+    return times, survived, times - survived
+
+
+def _mounted(folder: Path, size: str) -> bool:
+    return subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+                          capture_output=True).returncode == 0
+
+
+def full_disk(ground, wanted, seconds, rng, times):
+    """A disk that is full after so many kilobytes: said in a sentence; with more room the same command ends well."""
+    survived = 0
+    for _ in range(times):
+        if not _mounted(ground.runs, f"{rng.choice((16, 32, 64, 128, 256))}k"):
+            return SKIPPED, "needs the right to mount a small disk", 0
+        try:
+            code, _, said = ground.finish()
+            clear = code != 0 and "Traceback" not in said and ("free some" in said or "No space" in said)
+            subprocess.run(["mount", "-o", "remount,size=1g", str(ground.runs)], check=True)
+            code, found, _ = ground.finish()
+            survived += clear and code == 0 and found == wanted and not ground.left()
+        finally:
+            subprocess.run(["umount", str(ground.runs)], check=True)
+    return times, survived, times - survived
+
+
+def read_only(ground, wanted, seconds, rng, times):
+    """A folder that one may not write to: said in a sentence, with the folder's name."""
+    if not _mounted(ground.runs, "1g"):
+        return SKIPPED, "needs the right to mount a small disk", 0
+    try:
+        subprocess.run(["mount", "-o", "remount,ro", str(ground.runs)], check=True)
+        code, _, said = ground.finish()
+        clear = code == 2 and "Traceback" not in said and str(ground.runs) in said
+        subprocess.run(["mount", "-o", "remount,rw", str(ground.runs)], check=True)
+        code, found, _ = ground.finish()
+        good = clear and code == 0 and found == wanted
+    finally:
+        subprocess.run(["umount", str(ground.runs)], check=True)
+    return 1, int(good), int(not good)
+
+
+def clock_jumps(ground, wanted, seconds, rng, times):
+    """A kill, and a clock that has jumped by days when the command goes on; a finished run stays finished."""
+    library = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
+    if library is None:
+        return SKIPPED, "needs libfaketime: apt-get install faketime", 0
+    survived = 0
+    for jump in ("-400d", "+400d", "-1h")[:times]:
+        shutil.rmtree(ground.runs, ignore_errors=True)
+        ground.runs.mkdir()
+        process = ground.start()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=0.5 * seconds)
+        kill_all(process)
+        faked = {"LD_PRELOAD": str(library), "FAKETIME": jump, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+        first, second = ground.finish(**faked), ground.finish()
+        survived += first[:2] == (0, wanted) and second[:2] == (0, wanted)
+    return min(times, 3), survived, min(times, 3) - survived
+
+
+def damaged_files(ground, wanted, seconds, rng, times):
+    """A bit of a file of a finished run turned, or its end gone: made anew or named, and never other numbers."""
+    assert ground.finish()[1] == wanted
+    whole = ground.runs.with_name("whole")
+    shutil.copytree(ground.runs, whole)
+    survived = 0
+    for _ in range(times):
+        shutil.rmtree(ground.runs)
+        shutil.copytree(whole, ground.runs)
+        path = rng.choice(sorted(path for path in ground.runs.rglob("*") if path.is_file() and path.stat().st_size))
+        data = bytearray(path.read_bytes())
+        if rng.random() < 0.5:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        else:
+            del data[rng.randrange(len(data)):]
+        path.write_bytes(data)
+        code, found, said = ground.finish()
+        named = code == 2 and "Traceback" not in said and path.name in said
+        good = named or (code == 0 and found == wanted)
+        if not good:
+            print(f"{path.relative_to(ground.runs)}: code {code}, numbers {'same' if found == wanted else found}, "
+                  f"{said[-300:]}", file=sys.stderr)
+        survived += good
+    shutil.rmtree(whole)
+    return times, survived, times - survived
+
+
+FAULTS = (("kill -9", kills, 20), ("two at once", two_at_once, 3), ("full disk", full_disk, 5),
+          ("read-only folder", read_only, 1), ("clock jump", clock_jumps, 3), ("damaged files", damaged_files, 20))
+
+
+def campaign(stage: str | None, n_kills: int, seed: int, only: list[str] | None, share: float = 1.0) -> list[dict]:
+    """All faults in turn; a row for each."""
+    rows = []
+    with tempfile.TemporaryDirectory() as top:
+        stages, values = ROOT / "nbs" / "stages", []
+        if stage is None:
+            sys.path.insert(0, str(ROOT / "tests"))
+            from stage_notebooks import write_stage, write_toy
+
+            stages, stage, values = Path(top) / "stages", "above", ["toy.n_steps=12", "toy.step_s=0.1"]
+            write_toy(stages)
+            write_stage(stages, "above", "dict(title='Above', needs=['toy'])", cells=[
+                "from ssl_kit.lab.files import read_json\nfrom ssl_kit.lab.stages import stage_context\n"
+                "ctx = stage_context('above')\n"
+                "total = read_json(ctx.upstream('toy') / 'artifacts' / 'state.json')['total']\n"
+                "ctx.save_metrics({'headline': [{'label': 'twice', 'value': 2 * total, 'unit': 'm'}]})"])
+        begun = time.monotonic()
+        code, wanted, said = Ground(stage, values, stages, Path(top) / "undisturbed" / "runs").finish()
+        seconds = time.monotonic() - begun
+        if code:
+            sys.exit(f"{stage}: does not even run undisturbed: {said[-500:]}")
+        for name, fault, times in FAULTS:
+            if only and name not in only:
+                continue
+            times = n_kills if fault is kills else max(1, round(times * share))
+            ground = Ground(stage, values, stages, Path(top) / name.replace(" ", "_") / "runs")
+            tried, survived, lost = fault(ground, wanted, seconds, random.Random(seed), times)
+            rows.append({"fault": name, "tried": tried, "survived": survived, "lost": lost, "left": ground.left()})
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Carry out the campaign and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", help="a stage of the kit instead of a small one")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--share", type=float, default=1.0, help="of the usual number of the other faults")
+    parser.add_argument("--only", action="append", choices=[name for name, _, _ in FAULTS])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(arguments)
+    rows = campaign(args.stage, args.kills, args.seed, args.only, args.share)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print("| fault | tried | survived | lost | left |\n| --- | --- | --- | --- | --- |")
+        for row in rows:
+            print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    return int(any(row["lost"] or row["left"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
