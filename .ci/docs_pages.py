@@ -48,10 +48,12 @@ def stage_part(stage, tracks):
     by_profile = {profile: stage.resolve(profile) for profile in ("quick", "ci", "full")}
     needs = ", ".join(f"[`{name}`](#{name})" for name in stage.needs)
     data = sorted({folder for folders in stage.data.values() for folder in folders})
-    facts = [f"Track: {tracks.get(stage.track, stage.track)}." if stage.track else "", f"Needs {needs}." if needs else "",
+    facts = [f"Track: {tracks.get(stage.track, stage.track)}." if stage.track else "",
+             f"Needs {needs}." if needs else "",
              f"With real data it reads {', '.join(f'`{name}`' for name in data)} of the data root." if data else ""]
     return "\n\n".join([
-        f"## {stage.name}", f"{stage.title}. [The stage](../stages/{stage.name}.ipynb). {' '.join(filter(None, facts))}",
+        f"## {stage.name}",
+        f"{stage.title}. [The stage](../stages/{stage.name}.ipynb). {' '.join(filter(None, facts))}",
         table(["name", "type", "quick", "ci", "full", "what"],
               [parameter_row(name, parameter, by_profile) for name, parameter in stage.parameters.items()])])
 
@@ -120,12 +122,12 @@ def api_pages(tracks):
             count += len(names)
             parts.append(f"## ssl_kit.{track}.{path.stem}\n\n{about}. [The module](../{track}/{path.stem}.ipynb)"
                          + (f"\n\n{table(['name', 'arguments', 'what'], names)}" if names else ""))
-        pages[f"api_{track}.md"] = page(f"Names: {title}", f"The public names of `ssl_kit.{track}`, module by module. Each "
-                                        "module's page has the code, the whole docstring with shapes and units, and the "
-                                        "checks.", *parts)
+        pages[f"api_{track}.md"] = page(
+            f"Names: {title}", f"The public names of `ssl_kit.{track}`, module by module. Each module's page has the "
+            "code, the whole docstring with shapes and units, and the checks.", *parts)
         rows.append([f"[`ssl_kit.{track}`](api_{track}.md)", title, str(len(modules)), str(count)])
-    pages["api.md"] = page("Names", "What can be imported. A module is a notebook: its page shows why, the code, and what "
-                           "checks it.", table(["package", "what", "modules", "public names"], rows))
+    pages["api.md"] = page("Names", "What can be imported. A module is a notebook: its page shows why, the code, and "
+                           "what checks it.", table(["package", "what", "modules", "public names"], rows))
     return pages
 
 
@@ -147,8 +149,8 @@ def data_card(manifest):
     facts = [["licence", named], ["access", ACCESS[manifest["access"]]], ["citation", manifest["citation"]]]
     if "homepage" in manifest:
         facts.append(["home page", f"<{manifest['homepage']}>"])
-    archives = [[f"`{item['file']}`", size(item["bytes"]), f"`{item['checksum'].split(':')[0]}`" if item["checksum"] else
-                 "none published", item.get("what", "")] for item in manifest.get("archives", [])]
+    archives = [[f"`{item['file']}`", size(item["bytes"]), (item["checksum"] or "none").split(":")[0],
+                 item.get("what", "")] for item in manifest.get("archives", [])]
     layout = [[item["role"], f"`{item['match']}`" + (f" below `{item['below']}`" if "below" in item else ""),
                item.get("count", ""), "may be missing" if item.get("optional") else "", item.get("what", "")]
               for item in manifest["layout"]]
@@ -165,7 +167,7 @@ def model_card(path):
     """A checkpoint's README; its parts are one level down so that a page has one title."""
     name = path.parent.name
     tensors = path.parent / "model.safetensors"
-    about = f"Checkpoint `{name}`" + (f", {size(tensors.stat().st_size)}" if tensors.is_file() else "") + ", part of the kit."
+    about = f"Checkpoint `{name}`, {size(tensors.stat().st_size)}, part of the kit."
     text = path.read_text(encoding="utf-8").strip()
     title, _, rest = text.partition("\n")
     return f"{title}\n\n{about}\n\n{rest.strip()}\n"
@@ -184,8 +186,8 @@ def card_pages():
         pages[file] = model_card(path)
         model_rows.append([f"[{path.parent.name}]({file})", pages[file].partition("\n")[0].lstrip("# ")])
     pages["index.md"] = page(
-        "Data and model cards", "What the studies were made of: from the manifests in `data_manifests/` and the cards beside "
-        "the checkpoints.", "## Data sets\n\n" + table(["set", "licence", "access", "what"], data_rows),
+        "Data and model cards", "What the studies were made of: from the manifests in `data_manifests/` and the cards "
+        "beside the checkpoints.", "## Data sets\n\n" + table(["set", "licence", "access", "what"], data_rows),
         "## Networks that come with the kit\n\n" + table(["checkpoint", "what"], model_rows))
     return pages
 
@@ -203,5 +205,6 @@ def tests_page(path, wanted):
         first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
         code = "\n".join(lines[first - 1:node.end_lineno])
         parts.append(f"## {name}\n\n```python\n{code}\n```")
-    return page(f"Tests: {path.name}", f"{len(wanted)} of the {sum(name.startswith('test_') for name in found)} tests in "
-                f"`tests/{path.name}`, those that other pages speak of.", *parts)
+    n_tests = sum(name.startswith("test_") for name in found)
+    return page(f"Tests: {path.name}", f"{len(wanted)} of the {n_tests} tests in `tests/{path.name}`, those that other "
+                "pages speak of.", *parts)
