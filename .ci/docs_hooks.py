@@ -27,6 +27,7 @@ GUIDES = {
 }
 BESIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff")
 FRONT = "guides/front.md"  # index.html; the README's notebook is the page overview.html
+AT_LENGTH = "The kit at length"
 FORMULA = re.compile(r"(<(?:code|pre|script|style|textarea)\b.*?</(?:code|pre|script|style|textarea)>)"
                      r"|\$\$(.+?)\$\$|(?<![\\\w$])\$(?!\s)([^$\n<]+?)(?<!\s)\$(?![\w$])", re.DOTALL)
 # What the notebook exporter adds for MathJax and mermaid, both of which it would fetch from elsewhere.
@@ -55,7 +56,8 @@ def as_page(text, depth):
     """A text whose links lead to the site's folder, from a page `depth` folders down, instead of to the checkout."""
     here, above = "../" * depth, re.escape("../" * (depth + 1))
     text = TEST_LINK.sub(rf"]({here}tests/\1.md#\2)", text)
-    return re.sub(rf"\]\({above}(?:nbs/|(?=figures/|C[A-Z]+\.))", f"]({here}", text)
+    text = re.sub(rf"\]\({above}(?:nbs/|(?=figures/|C[A-Z]+\.))", f"]({here}", text)
+    return text.replace(f"]({here}index.ipynb", f"]({here}overview.ipynb")
 
 
 def reading_copy(text, depth):
@@ -94,7 +96,7 @@ def write_sources(docs):
                 target, depth = docs / "index.md", 0
                 text = re.sub(r"\]\((?=[\w-]+\.(?:ipynb|md))", "](guides/", text.replace("](../", "]("))
             elif target == docs / "index.ipynb":
-                target = docs / "overview.ipynb"
+                target, text = docs / "overview.ipynb", text.replace('"# ssl_kit\\n', f'"# {AT_LENGTH}\\n', 1)
             write(target, reading_copy(text, depth) if path.suffix == ".ipynb" else as_page(text, depth))
     return wanted
 
@@ -124,7 +126,7 @@ def on_config(config):
                          if f"{folder}/{path.stem}" not in guides] for folder, title in TRACKS.items()}
     reference = [{title_of[name]: name} for name in ("reference/stages.md", "reference/api.md")]
     config.docs_dir, config.nav = str(docs), [
-        {"Start": [{"Start": "index.md"}, {"The kit at length": "overview.ipynb"}, guide("guides/lessons"),
+        {"Start": [{"Start": "index.md"}, {AT_LENGTH: "overview.ipynb"}, guide("guides/lessons"),
                    {"Conventions": "conventions.ipynb"}]},
         *({title: [guide(name) for name in names]} for title, names in GUIDES.items()),
         {"Reference": [*reference,

@@ -1,6 +1,7 @@
 """Pages of the site that are made from what the repository says of itself: stages, names, data, networks, tests."""
 
 import ast
+import html
 import re
 from pathlib import Path
 
@@ -37,11 +38,19 @@ def shown(value):
     return f"{value:g}" if isinstance(value, float) else str(value) or "(empty)"
 
 
+def value_cell(value):
+    """A value as code; a long list may break behind its commas."""
+    if len(value) < 20 or "," not in value:
+        return f"`{value}`"
+    return f"<code>{html.escape(value).replace(',', ',<wbr>')}</code>"
+
+
 def parameter_row(name, parameter, by_profile):
     quick, *others = (shown(by_profile[profile][name]) for profile in ("quick", "ci", "full"))
-    choices = f" One of {', '.join(f'`{shown(value)}`' for value in parameter.choices)}." if parameter.choices else ""
-    return [f"`{name}`", f"`{parameter.type_text}`", f"`{quick}`",
-            *(f"`{value}`" if value != quick else "" for value in others), f"{parameter.help}{choices}"]
+    choices = f"one of {', '.join(f'`{shown(value)}`' for value in parameter.choices)}" if parameter.choices else ""
+    return [f"`{name}`", f"`{parameter.type_text}`", value_cell(quick),
+            *(value_cell(value) if value != quick else "" for value in others),
+            "; ".join(filter(None, (parameter.help.rstrip("."), choices)))]
 
 
 def stage_part(stage, tracks):
@@ -77,7 +86,7 @@ def stages_page(tracks):
 def first_line(node):
     """The first sentence or line of a docstring."""
     text = re.sub(r"\s*\n\s*", " ", (ast.get_docstring(node) or "").split("\n\n")[0])
-    return text.replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("[", "\\[")
+    return re.sub(r"(`[^`]*`)|([<*_\[])", lambda found: found[1] or {"<": "&lt;"}.get(found[2], f"\\{found[2]}"), text)
 
 
 def public_names(path):
