@@ -71,6 +71,8 @@ def reading_copy(text, depth):
             source = re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE).strip()
         else:
             source = re.sub(r"(\]\([\w./-]+)\.(?:md|ipynb)(?=[)#])", r"\1.html", as_page(source, depth))
+            # the anchors of a heading and of the table of contents differ where it has code in it
+            source = re.sub(r"^#+ .*`.*$", lambda line: line[0].replace("`", ""), source, flags=re.MULTILINE)
         if source:
             shown = [output for output in cell.get("outputs", ()) if output.get("name") != "stderr"]
             cells.append({**cell, "source": source} | ({"outputs": shown} if cell["cell_type"] == "code" else {}))
@@ -94,7 +96,7 @@ def write_sources(docs):
             target = docs / folder / path.name
             if target == docs / FRONT:
                 target, depth = docs / "index.md", 0
-                text = re.sub(r"\]\((?=[\w-]+\.(?:ipynb|md))", "](guides/", text.replace("](../", "]("))
+                text = re.sub(r"\]\((?=[\w-]+\.(?:ipynb|md))", "](guides/", text).replace("](../", "](")
             elif target == docs / "index.ipynb":
                 target, text = docs / "overview.ipynb", text.replace('"# ssl_kit\\n', f'"# {AT_LENGTH}\\n', 1)
             write(target, reading_copy(text, depth) if path.suffix == ".ipynb" else as_page(text, depth))
