@@ -32,10 +32,10 @@ class DetectorConfig:
     max_sources: int = MAX_SOURCES
     threshold: float = 14.0          # rise of the log likelihood that a source must bring, nats
     iterations: int = 8              # of Fisher scoring in each round, at most
-    tolerance: float = 0.2           # nats: a round's fit is good enough when it rises by less
+    tolerance: float = 1.0           # nats: a round's fit is good enough when it rises by less
     candidates: int = 16             # atoms of a scan that get an exact look
     least_gain: float = 4.5          # nats of the scan: with less the best atom is not even refined
-    scenes_at_once: int = 32
+    scenes_at_once: int = 128
 
     def __post_init__(self):
         if min(self.n_phi, self.n_theta, self.n_range, self.max_sources, self.iterations, self.candidates,
@@ -209,13 +209,10 @@ def _finish(fits: list[Fit], config: DetectorConfig, prune: bool) -> list[Estima
             continue
         together, value = refine(Fit.stacked([fits[row] for row in rows]), config.field_of_view, config.iterations)
         worth, stays = evidence(together), torch.ones(len(rows), dtype=torch.bool)
-        doubtful = _doubtful(together, worth) if prune and k > 1 else []
-        if len(doubtful):
-            fewer, fewer_value = _best_without_one(together.rows(doubtful), config)
-            stays[doubtful] = value[doubtful] - fewer_value > config.threshold
-            for i, row in enumerate(doubtful.tolist()):
-                if not stays[row]:
-                    fits[rows[row]] = fewer.rows([i])
+        if prune and k > 1:
+            for row, fewer in _without_needless(together, value, _doubted(together, worth), config).items():
+                stays[row] = False
+                fits[rows[row]] = fewer
         there = [row for row, stay in zip(rows, stays.tolist(), strict=True) if stay]
         for row, sources, each in zip(there, together.rows(stays).sources(), worth[stays].numpy(), strict=True):
             order = np.argsort(sources[:, 2])
@@ -223,16 +220,27 @@ def _finish(fits: list[Fit], config: DetectorConfig, prune: bool) -> list[Estima
     return estimates
 
 
-def _doubtful(fit: Fit, worth: torch.Tensor) -> torch.Tensor:
-    "Scenes of which a source may not be there: two are nearer than the surface resolves, or one brings little."
+def _doubted(fit: Fit, worth: torch.Tensor) -> torch.Tensor:
+    "(scene, k): may a source not be there? It brings little, or another is nearer than the surface resolves."
     x = fit.angles[..., :2]
     near = (x[:, :, None] - x[:, None]).square().sum(-1).sqrt() < _BEAM_RAD
-    return torch.nonzero((worth < _CLEAR).any(1) | (near.sum((1, 2)) > fit.angles.shape[1]))[:, 0]
+    return (worth < _CLEAR) | (near.sum(2) > 1)
 
 
-def _best_without_one(fit: Fit, config: DetectorConfig) -> tuple[Fit, torch.Tensor]:
-    "The best fit of each scene with one source less, whichever it is, and its log p."
-    n, k = fit.angles.shape[:2]
-    fewer, value = refine(Fit.stacked([fit.without(j) for j in range(k)]), config.field_of_view, config.iterations)
-    best = value.reshape(k, n).argmax(0) * n + torch.arange(n)
-    return fewer.rows(best), value[best]
+def _without_needless(fit: Fit, value: torch.Tensor, doubted: torch.Tensor, config: DetectorConfig) -> dict[int, Fit]:
+    "By scene, the best fit without one of the doubted sources, where that costs less than the threshold."
+    scenes, source = torch.nonzero(doubted, as_tuple=True)
+    if not len(scenes):
+        return {}
+    others = torch.arange(fit.angles.shape[1] - 1).repeat(len(scenes), 1)
+    others = others + (others >= source[:, None])  # all but the doubted one
+    several = fit.rows(scenes)
+    several = several.changed(angles=several.angles.gather(1, others[..., None].expand(-1, -1, 3)),
+                              log_power=several.log_power.gather(1, others))
+    fewer, fewer_value = refine(several, config.field_of_view, config.iterations, config.tolerance)
+    cost, best = value[scenes] - fewer_value, {}
+    for i in torch.nonzero(cost < config.threshold)[:, 0].tolist():
+        scene = int(scenes[i])
+        if scene not in best or cost[i] < cost[best[scene]]:
+            best[scene] = i
+    return {scene: fewer.rows([i]) for scene, i in best.items()}

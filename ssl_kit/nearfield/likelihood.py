@@ -112,7 +112,8 @@ def seen_waves(fit: Fit, derivatives: bool = False) -> torch.Tensor:
 
 def power_of(z: torch.Tensor) -> torch.Tensor:
     "|z|² without the root that abs takes."
-    return torch.view_as_real(z).square().sum(-1)
+    parts = torch.view_as_real(z.resolve_conj())
+    return parts[..., 0].square().addcmul_(parts[..., 1], parts[..., 1])
 
 
 @dataclass(frozen=True, eq=False)
