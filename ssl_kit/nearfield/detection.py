@@ -31,7 +31,8 @@ class DetectorConfig:
     n_range: int = 5
     max_sources: int = MAX_SOURCES
     threshold: float = 14.0          # rise of the log likelihood that a source must bring, nats
-    iterations: int = 8              # of Fisher scoring in each round, at most
+    iterations: int = 8              # of Fisher scoring at the end, at most
+    round_iterations: int = 5        # in each round
     tolerance: float = 1.0           # nats: a round's fit is good enough when it rises by less
     candidates: int = 16             # atoms of a scan that get an exact look
     least_gain: float = 4.5          # nats of the scan: with less the best atom is not even refined
@@ -39,7 +40,7 @@ class DetectorConfig:
 
     def __post_init__(self):
         if min(self.n_phi, self.n_theta, self.n_range, self.max_sources, self.iterations, self.candidates,
-               self.scenes_at_once) < 1:
+               self.round_iterations, self.scenes_at_once) < 1:
             raise ParameterError(f"detector: expected sizes of at least 1, found {self}")
 
 
@@ -138,6 +139,7 @@ def add_best(fit: Fit, angles: torch.Tensor, gain: torch.Tensor, power: torch.Te
 
 # %% ../../nbs/nearfield/detection.ipynb #97fb64d4
 _CLEAR = 100.0    # nats: with more evidence, and apart, a source is not doubted
+_FIRST_LOOK = 3   # steps without a source after which most are seen to be needed
 _BEAM_RAD = 0.33  # two beamwidths λ/(n d) of 12 elements half a wavelength apart
 
 
@@ -177,7 +179,7 @@ def _detect(batch: SceneBatch, config: DetectorConfig, n_sources, gains: np.ndar
         if not len(active):
             break
         more = add_best(fit, angles[best[likely]], gain[likely], power[likely])
-        more, new_value = refine(more, config.field_of_view, config.iterations, config.tolerance)
+        more, new_value = refine(more, config.field_of_view, config.round_iterations, config.tolerance)
         rise = new_value - value
         if gains is not None:
             gains[active.numpy(), k] = rise.numpy()
@@ -237,7 +239,12 @@ def _without_needless(fit: Fit, value: torch.Tensor, doubted: torch.Tensor, conf
     several = fit.rows(scenes)
     several = several.changed(angles=several.angles.gather(1, others[..., None].expand(-1, -1, 3)),
                               log_power=several.log_power.gather(1, others))
-    fewer, fewer_value = refine(several, config.field_of_view, config.iterations, config.tolerance)
+    fewer, fewer_value = refine(several, config.field_of_view, _FIRST_LOOK, config.tolerance)
+    hopeful = value[scenes] - fewer_value < 10 * config.threshold
+    scenes, fewer = scenes[hopeful], fewer.rows(hopeful)
+    if not len(scenes):
+        return {}
+    fewer, fewer_value = refine(fewer, config.field_of_view, config.iterations, config.tolerance)
     cost, best = value[scenes] - fewer_value, {}
     for i in torch.nonzero(cost < config.threshold)[:, 0].tolist():
         scene = int(scenes[i])

@@ -18,27 +18,27 @@ from .scenes import SceneBatch
 
 # %% ../../nbs/nearfield/likelihood.ipynb #08492fb6
 def steering_tensors(angles: torch.Tensor, positions: torch.Tensor, wavelength_m: float) -> torch.Tensor:
-    """Exact steering and its derivatives by φ, θ (rad) and 1/r (1/m), complex128 (..., 4, N).
+    """Exact steering and its derivatives by φ, θ (rad) and 1/r (1/m), complex (..., 4, N), in the precision of positions.
 
-    angles (..., 3): φ, θ, 1/r; positions: float64 (N, 3) in metres.
+    angles float64 (..., 3): φ, θ, 1/r; positions (N, 3) in metres.
     """
     phi, theta, w = angles.unbind(-1)
-    r = 1 / w
     cos_t, sin_t, cos_p, sin_p = theta.cos(), theta.sin(), phi.cos(), phi.sin()
     zero = torch.zeros_like(phi)
-    u = torch.stack([cos_t * sin_p, sin_t, cos_t * cos_p], -1)
-    turns = torch.stack([torch.stack([cos_t * cos_p, zero, -cos_t * sin_p], -1),
-                         torch.stack([-sin_t * sin_p, cos_t, -sin_t * cos_p], -1)], -2) * r[..., None, None]
-    along_u = u @ positions.T
-    squares = positions.square().sum(1) - 2 * r[..., None] * along_u
-    distance = (r[..., None].square() + squares).clamp_min(1e-12).sqrt()
-    difference = squares / (distance + r[..., None])
-    # u is orthogonal to the turns, so that (p − q)ᵀ∂p = −qᵀ∂p for them, and r − qᵀu along the ray
-    slopes = torch.cat([-(turns @ positions.T) / distance[..., None, :],
-                        (((r[..., None] - along_u) / distance - 1) * (-r.square())[..., None])[..., None, :]], -2)
+    rows = [cos_t * sin_p, sin_t, cos_t * cos_p, cos_t * cos_p, zero, -cos_t * sin_p, -sin_t * sin_p, cos_t,
+            -sin_t * cos_p]
+    along = torch.stack(rows, -1).unflatten(-1, (3, 3)).to(positions.dtype) @ positions.T  # of u, ∂u/∂φ, ∂u/∂θ
+    r = (1 / w).to(positions.dtype)[..., None]
+    squares = positions.square().sum(1) - 2 * r * along[..., 0, :]
+    distance = (r.square() + squares).clamp_min(1e-12).sqrt()
+    difference = squares / (distance + r)
+    # u is orthogonal to its turns, so that (p − q)ᵀ∂p = −qᵀ∂p for them, and r − qᵀu along the ray
+    slopes = torch.cat([along[..., 1:, :] * (-r / distance)[..., None, :],
+                        (((r - along[..., 0, :]) / distance - 1) * -r.square())[..., None, :]], -2)
     factor = 2 * torch.pi / wavelength_m
-    a = torch.polar(torch.ones_like(difference), -factor * difference)[..., None, :]
-    return torch.cat([a, a * torch.complex(torch.zeros_like(slopes), -factor * slopes)], -2)
+    phase = -factor * difference
+    a = torch.complex(phase.cos(), phase.sin())[..., None, :]
+    return torch.cat([a, torch.complex(a.imag * slopes, -a.real * slopes).mul_(factor)], -2)
 
 # %% ../../nbs/nearfield/likelihood.ipynb #dec5598a
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,8 @@ def through_channel(fit: Fit, waves: torch.Tensor) -> torch.Tensor:
 
 def seen_waves(fit: Fit, derivatives: bool = False) -> torch.Tensor:
     "b as rows and, after it, its derivatives by φ, θ and 1/r: (scene, L, k, M) or (scene, L, 4 k, M)."
-    waves = steering_tensors(fit.angles, fit.positions, fit.wavelength_m)  # (scene, k, 4, N)
+    positions = fit.positions.to(fit.channel.real.dtype)
+    waves = steering_tensors(fit.angles, positions, fit.wavelength_m)  # (scene, k, 4, N)
     return through_channel(fit, (waves if derivatives else waves[:, :, :1]).transpose(1, 2).flatten(1, 2))
 
 
