@@ -30,7 +30,7 @@ class DetectorConfig:
     n_theta: int = 9
     n_range: int = 5
     max_sources: int = MAX_SOURCES
-    threshold: float = 14.0          # rise of the log likelihood that a source must bring, nats
+    threshold: float = 12.0          # rise of the log likelihood that a source must bring, nats
     iterations: int = 8              # of Fisher scoring at the end, at most
     round_iterations: int = 5        # in each round
     tolerance: float = 1.0           # nats: a round's fit is good enough when it rises by less
