@@ -5,10 +5,26 @@ import pytest
 import torch
 
 from ssl_kit.nearfield.bench import BENCH_CONFIG, bench_nearfield, nls_omp_numpy
-from ssl_kit.nearfield.detection import DetectorConfig, _atoms, add_best, detect, gains_of_rounds, overview, scan, scan_grid
+from ssl_kit.nearfield.detection import (
+    DetectorConfig,
+    _atoms,
+    add_best,
+    detect,
+    gains_of_rounds,
+    overview,
+    scan,
+    scan_grid,
+)
 from ssl_kit.nearfield.geometry import FieldOfView
-from ssl_kit.nearfield.likelihood import (evidence, fit_of_scenes, log_likelihood, power_of, refine,
-                                          score_and_information, start_fit)
+from ssl_kit.nearfield.likelihood import (
+    evidence,
+    fit_of_scenes,
+    log_likelihood,
+    power_of,
+    refine,
+    score_and_information,
+    start_fit,
+)
 from ssl_kit.nearfield.metrics import evaluate
 from ssl_kit.nearfield.sample_covariance import near_field_grid, sensing
 from ssl_kit.nearfield.scenes import SceneConfig, draw_scenes
