@@ -180,8 +180,10 @@ class Backbone(nn.Module):
         self.snapshots = SnapshotTransformer(self.config)
         self.passes = nn.ModuleList([CellNetwork(self.config, first=k == 0) for k in range(self.config.passes)])
 
-    def forward(self, space: Beamspace) -> list[Sighting]:
-        "The last sighting is the answer; the others are for training. ParameterError for another grid."
+    def forward(self, space: Beamspace, passes: int | None = None) -> list[Sighting]:
+        """One sighting a pass; the last is the answer, the others are for training. ParameterError for another grid.
+
+        passes: stop after so many; all when None."""
         grid = self.config.grid
         found = space.dictionary.shape[-1], space.sensing.shape[-1]
         if found != (grid.n_places, grid.surface.n_elements):
@@ -192,13 +194,13 @@ class Backbone(nn.Module):
         noise = torch.ones(len(q), device=q.device)
         belief, strength = torch.zeros_like(maps[:, 0]), torch.zeros_like(maps[:, 0])
         memory, sightings = None, []
-        for cells in self.passes:
+        for cells in self.passes[:passes]:
             capon = (q / s.square().clamp_min(1e-12)).mean(1).clamp_min(1e-6).log()
             planes = torch.cat([torch.asinh(rises(q, s) / 3), capon[:, None], maps, torch.stack([belief, strength], 1)], 1)
             out, memory = cells(planes, noise, memory)
             seen, waves = self._sighting(space, out, grid)
             sightings.append(seen)
-            if len(sightings) < len(self.passes):
+            if len(sightings) < (passes or len(self.passes)):
                 noise = seen.noise
                 q, s = self._beside(space, waves, seen)
                 belief = seen.logits.detach() / 4

@@ -52,14 +52,14 @@ class Grid:
 
     def to_units(self, sources: torch.Tensor) -> torch.Tensor:
         "Grid units (..., 3) of sources (..., 3): φ rad, θ rad, r m."
-        first, step = self.borders()
+        first, step = (part.to(sources.device) for part in self.borders())
         x = torch.stack([sources[..., 0].sin(), sources[..., 1].sin(), 1 / sources[..., 2].clamp_min(1e-3)], -1)
         return (x - first) / step
 
     def to_angles(self, units: torch.Tensor) -> torch.Tensor:
         "φ rad, θ rad, 1/r in 1/m (..., 3) of grid units, kept within the field of view; differentiable."
-        first, step = self.borders()
-        edge = torch.tensor(self.shape, dtype=units.dtype) - 1
+        first, step = (part.to(units.device) for part in self.borders())
+        edge = torch.tensor(self.shape, dtype=units.dtype, device=units.device) - 1
         x = first + step * torch.minimum(units.clamp_min(0), edge)
         return torch.cat([x[..., :2].clamp(-0.999999, 0.999999).asin(), x[..., 2:]], -1)
 
@@ -78,7 +78,7 @@ def _atoms(grid: Grid) -> torch.Tensor:
 def plane_and_curvature(angles: torch.Tensor, surface: Surface) -> tuple[torch.Tensor, torch.Tensor]:
     """a_∠ and a_r, complex64 (..., N) each, of places (..., 3): φ rad, θ rad, 1/r; their product is the exact steering."""
     angles = angles.float()
-    q = torch.from_numpy(surface.positions_m).float()
+    q = torch.from_numpy(surface.positions_m).float().to(angles.device)
     phi, theta, w = angles.unbind(-1)
     u = torch.stack([theta.cos() * phi.sin(), theta.sin(), theta.cos() * phi.cos()], -1)
     along, r = u @ q.T, (1 / w)[..., None]
@@ -143,8 +143,8 @@ def fit_powers(waves: torch.Tensor, y: torch.Tensor, start: torch.Tensor, iterat
 
     start: powers (scene, J), zeros stay zero. The rule of `sample_covariance.sbl`, on few places.
     """
-    p, eye = start, torch.eye(y.shape[2], dtype=y.dtype)
-    noise = torch.full((len(y),), 0.3) if noise is None else noise
+    p, eye = start, torch.eye(y.shape[2], dtype=y.dtype, device=y.device)
+    noise = torch.full((len(y),), 0.3, device=y.device) if noise is None else noise
     for _ in range(iterations):
         covariance = (waves * p[:, None, None]) @ waves.mH + noise[:, None, None, None] * eye
         inverse = torch.linalg.inv(covariance)
@@ -167,7 +167,7 @@ def matched(space: Beamspace, known: tuple | None = None) -> tuple[torch.Tensor,
         return _power((space.y.conj()[:, :, None] @ space.dictionary)[:, :, 0]), space.energy
     waves, p, noise = known
     u, level = waves * p.sqrt()[:, None, None], noise[:, None, None]
-    system = u.mH @ u + level[..., None] * torch.eye(p.shape[1], dtype=u.dtype)
+    system = u.mH @ u + level[..., None] * torch.eye(p.shape[1], dtype=u.dtype, device=u.device)
     inside = torch.linalg.solve_triangular(torch.linalg.cholesky(system), u.mH, upper=False)  # (scene, L, J, M)
     left = (space.y - (inside.mH @ (inside @ space.y[..., None]))[..., 0])[:, :, None].conj()
     seen = _power(torch.cat([inside, left], 2) @ space.dictionary)

@@ -49,9 +49,8 @@ class StreamConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.batch_size < 2 or not 0 <= self.blended_scenes <= self.batch_size or not 0 <= self.warm_up_share <= 1:
-            raise ParameterError(f"stream: expected at least two scenes, blended_scenes among them and a share from 0 to 1, "
-                                 f"found {self}")
+        if self.batch_size < 2 or self.blended_scenes < 0 or not 0 <= self.warm_up_share <= 1:
+            raise ParameterError(f"stream: expected at least two scenes and a share from 0 to 1, found {self}")
         if self.seed in (VALID_SEED, TEST_SEED):
             raise ParameterError(f"seed={self.seed}: the scenes of this seed are kept for validation and test")
 
@@ -62,6 +61,7 @@ class Drawn:
     scenes: SceneBatch
     factor: np.ndarray
     phase: str
+    n_blended: int  # scenes whose sample covariance counts in this step
 
 
 def joined(first: SceneBatch, second: SceneBatch) -> SceneBatch:
@@ -92,7 +92,8 @@ class NearfieldStream:
         parts = [draw_scenes(drawn, cfg.seed, range(first, first + half)),
                  draw_scenes(even, cfg.seed, range(first + half, first + cfg.batch_size))]
         factor = np.concatenate([true_factor(parts[0]), even_factor(parts[1])]).astype(np.complex64)
-        return Drawn(joined(*parts), factor, "warm-up" if step < cfg.warm_up_share * cfg.steps else "joint")
+        joint = step >= cfg.warm_up_share * cfg.steps
+        return Drawn(joined(*parts), factor, "joint" if joint else "warm-up", cfg.blended_scenes if joint else 0)
 
     def identity(self) -> dict:
         "What the scenes are made from."
@@ -147,9 +148,8 @@ class NearfieldTaskConfig:
 class NearfieldTask:
     "How a backbone is trained."
 
-    def __init__(self, config: NearfieldTaskConfig | None = None, blended_scenes: int = 4):
+    def __init__(self, config: NearfieldTaskConfig | None = None):
         self.config = config or NearfieldTaskConfig()
-        self.blended_scenes = blended_scenes
         self.guard = GradientGuard(self.config.skip_limit)
 
     def network(self) -> Backbone:
@@ -158,11 +158,10 @@ class NearfieldTask:
 
     def prepare(self, drawn: Drawn) -> tuple:
         "Scenes on the grid, sources, K, true factors, the phase, and factors of sample covariances (joint only)."
-        joint = drawn.phase == "joint"
-        sample = als_lowrank(drawn.scenes[:self.blended_scenes]) if joint and self.blended_scenes else \
+        sample = als_lowrank(drawn.scenes[:drawn.n_blended]) if drawn.n_blended else \
             np.zeros((0, drawn.factor.shape[1], 5), np.complex64)
         return (beamspace(drawn.scenes, self.config.model.grid), torch.from_numpy(drawn.scenes.sources).float(),
-                torch.from_numpy(drawn.scenes.n_sources), torch.from_numpy(drawn.factor), torch.tensor(int(joint)),
+                torch.from_numpy(drawn.scenes.n_sources), torch.from_numpy(drawn.factor), torch.tensor(int(drawn.phase == "joint")),
                 torch.from_numpy(np.array(sample)))
 
     def parts(self, sightings: list[Sighting], prepared: tuple) -> dict[str, torch.Tensor]:
