@@ -13,7 +13,6 @@ from ssl_kit.nearfield.geometry import FieldOfView
 from ssl_kit.nearfield.likelihood import log_likelihood, refine, score_and_information, seen_waves, start_fit
 from ssl_kit.nearfield.metrics import evaluate, over_bound
 from ssl_kit.nearfield.nls_omp import joint_nls, nls_omp
-from ssl_kit.nearfield.sample_covariance import sensing
 from ssl_kit.nearfield.scenes import SceneConfig, draw_scenes
 
 # equal powers and a channel without line of sight, as the reference figures have them
@@ -21,7 +20,7 @@ EVEN = SceneConfig(path_gain=False, k_factor=(0.0, 0.0), snr_db=(10.0, 10.0))
 
 
 def at_truth(batch, k, log_power=-1.0):
-    fit = start_fit(sensing(batch).to(torch.complex128), torch.from_numpy(batch.y), batch.surface)
+    fit = start_fit(batch, torch.complex128)
     there = batch.sources[:, :k]
     return fit.changed(angles=torch.from_numpy(np.concatenate([there[..., :2], 1 / there[..., 2:]], -1)),
                        log_power=torch.full((len(batch), k), log_power, dtype=torch.float64))
@@ -30,6 +29,7 @@ def at_truth(batch, k, log_power=-1.0):
 def dense_log_likelihood(fit):
     b = seen_waves(fit)
     eye = torch.eye(fit.y.shape[2], dtype=b.dtype)
+    b = b.mT
     c = (b * fit.log_power.exp()[:, None, None]) @ b.mH + fit.log_noise.exp()[:, None, None, None] * eye
     quadratic = (fit.y[:, :, None].conj() @ torch.linalg.solve(c, fit.y[..., None]))[..., 0, 0].real
     return -(torch.linalg.slogdet(c)[1] + quadratic).sum(1)
@@ -40,7 +40,7 @@ def test_likelihood_without_inverses_is_the_dense_one():
     fit = at_truth(batch, 3, -5.0)
     assert torch.allclose(log_likelihood(fit), dense_log_likelihood(fit), rtol=1e-10)
     assert torch.allclose(score_and_information(fit)[0], log_likelihood(fit), rtol=1e-12)
-    single = fit.changed(sensing=fit.sensing.to(torch.complex64))
+    single = fit.changed(channel=fit.channel.to(torch.complex64), codes=fit.codes.to(torch.complex64))
     assert torch.allclose(log_likelihood(single), log_likelihood(fit), rtol=1e-5)
 
 
@@ -62,10 +62,11 @@ def test_information_is_the_covariance_of_the_score():
     b, rng = seen_waves(fit), torch.Generator().manual_seed(0)
     def gauss(*shape):
         return torch.randn(*shape, dtype=torch.complex128, generator=rng)
-    y = (b * (-3.0 * torch.ones(2, dtype=torch.float64)).exp()) @ gauss(n, 16, 2, 1)
+    y = (b.mT * (-3.0 * torch.ones(2, dtype=torch.float64)).exp()) @ gauss(n, 16, 2, 1)
     y = y[..., 0] + np.exp(-1.0) * gauss(n, 16, 16)
     many = fit.changed(y=y, angles=fit.angles.expand(n, -1, -1), log_power=fit.log_power.expand(n, -1),
-                       log_noise=fit.log_noise.expand(n), sensing=fit.sensing.expand(n, -1, -1))
+                       log_noise=fit.log_noise.expand(n), channel=fit.channel.expand(n, -1, -1),
+                       codes=fit.codes.expand(n, -1, -1))
     _, slope, information = score_and_information(many)
     scale = torch.diagonal(information[0]).sqrt()
     whitened = slope / scale
