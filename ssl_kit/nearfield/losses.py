@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'LossWeights', 'phase_weights', 'covariance_nmse', 'subspace_loss', 'orthogonality', 'wrapped', 'aux_costs',
-           'aux_loss', 'chamfer_angles', 'peak_contrast', 'blobs', 'focal_heatmap']
+           'aux_loss', 'chamfer_angles', 'factor_nmse', 'factor_subspace', 'CellTargets', 'cell_targets', 'centre_loss',
+           'offset_loss', 'peak_contrast', 'blobs', 'focal_heatmap']
 
 # %% ../../nbs/nearfield/losses.ipynb #20a2f86c
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from .scenes import MAX_SOURCES
 @dataclass(frozen=True)
 class LossWeights:
     "Weights of the losses; zero is off."
+    centres: float = 0.0
+    offsets: float = 0.0
     blended: float = 0.0
     covariance: float = 0.0
     aux_angle: float = 0.0
@@ -32,8 +35,9 @@ class LossWeights:
 
 
 PHASES = {
-    "warm-up": LossWeights(covariance=0.2, aux_angle=0.8, aux_range=0.4, chamfer=0.2, subspace=0.3, orthogonality=0.01),
-    "joint": LossWeights(blended=0.2, covariance=0.1, aux_angle=0.8, aux_range=0.4, subspace=0.3, orthogonality=0.01),
+    "warm-up": LossWeights(centres=1.0, offsets=1.0, covariance=0.2, subspace=0.3),
+    "joint": LossWeights(centres=1.0, offsets=1.0, blended=0.2, covariance=0.1, aux_angle=0.8, aux_range=0.4, subspace=0.3,
+                         orthogonality=0.01),
     "refiner": LossWeights(heatmap=1.0),
 }
 
@@ -101,10 +105,14 @@ def aux_costs(predicted: torch.Tensor, true: torch.Tensor) -> tuple[torch.Tensor
 
 
 def aux_loss(predicted: torch.Tensor, true: torch.Tensor, n_sources: torch.Tensor, angle_weight: float = 1.0,
-             range_weight: float = 1.0) -> torch.Tensor:
-    "Weighted cost of the best assignment of predictions to the first `n_sources` (scene,) true sources, per source."
+             range_weight: float = 1.0, cap: float | None = None) -> torch.Tensor:
+    """Weighted cost of the best assignment of predictions to the first `n_sources` (scene,) true sources, per source.
+
+    A pair costs at most `cap`, if one is given, and one that costs more has no gradient.
+    """
     angles, ranges = aux_costs(predicted, true)
     cost = angle_weight * angles + range_weight * ranges
+    cost = cost if cap is None else cost.clamp_max(cap)
     present = torch.arange(MAX_SOURCES, device=cost.device) < n_sources[:, None]
     cost = torch.where(present[..., None], cost, torch.zeros((), dtype=cost.dtype, device=cost.device))
     ways = _assignments().to(cost.device)
@@ -117,6 +125,63 @@ def chamfer_angles(predicted: torch.Tensor, true: torch.Tensor, n_sources: torch
     distance = wrapped(predicted[:, None, :, :2] - true[:, :, None, :2]).square().sum(-1).clamp_min(1e-12).sqrt()
     present = (torch.arange(MAX_SOURCES, device=true.device) < n_sources[:, None]).to(distance.dtype)
     return ((distance.amin(-1) * present).sum(-1) / n_sources.clamp_min(1)).mean()
+
+# %% ../../nbs/nearfield/losses.ipynb #a5d1c0e2
+def _size(z: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(z).square().sum((-3, -2, -1))
+
+
+def factor_nmse(f_pred: torch.Tensor, f_true: torch.Tensor) -> torch.Tensor:
+    "`covariance_nmse` of F Fᴴ for factors (scene, N, r) and (scene, N, r')."
+    true = _size(f_true.mH @ f_true)
+    error = _size(f_pred.mH @ f_pred) - 2 * _size(f_pred.mH @ f_true) + true
+    return (error / true.clamp_min(1e-12)).mean()
+
+
+def factor_subspace(f_pred: torch.Tensor, f_true: torch.Tensor) -> torch.Tensor:
+    "`subspace_loss` of F Fᴴ for factors (scene, N, r) and (scene, N, r'); zero columns of the truth are none."
+    length = f_true.abs().square().sum(-2, keepdim=True)
+    unit = f_true / length.clamp_min(1e-12).sqrt()
+    gram = unit.mH @ unit + 1e-5 * torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
+    inside = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), unit.mH @ f_pred, upper=False)
+    return (1 - _size(inside) / _size(f_pred).clamp_min(1e-12)).mean()
+
+# %% ../../nbs/nearfield/losses.ipynb #a5d1c0e5
+@dataclass(frozen=True, eq=False)
+class CellTargets:
+    "What cells of a grid should say, (scene, G)."
+    near: torch.Tensor       # 1 at a source, falling to 0
+    hit: torch.Tensor        # bool: the nearest cell of a source
+    offset: torch.Tensor     # (scene, G, 3): to the nearest source, in cells
+    n_sources: torch.Tensor  # (scene,)
+
+
+def cell_targets(units: torch.Tensor, n_sources: torch.Tensor, shape: tuple[int, int, int],
+                 width: float = 0.7) -> CellTargets:
+    "Targets for sources (scene, 5, 3) in units of a grid, of which the first `n_sources` count."
+    sides = [torch.arange(n, device=units.device, dtype=units.dtype) for n in shape]
+    cells = torch.stack(torch.meshgrid(*sides, indexing="ij"), -1).reshape(-1, 3)
+    between = units[:, :, None] - cells  # (scene, 5, G, 3)
+    present = (torch.arange(units.shape[1], device=units.device) < n_sources[:, None])[..., None]
+    squares = torch.where(present, between.square().sum(-1), torch.full_like(between[..., 0], 1e6))
+    nearest, own = squares.min(1)
+    hit = torch.zeros_like(squares, dtype=torch.bool).scatter(2, squares.argmin(2, keepdim=True), True) & present
+    offset = between.gather(1, own[:, None, :, None].expand(-1, 1, -1, 3))[:, 0]
+    return CellTargets((-nearest / (2 * width**2)).exp(), hit.any(1), offset, n_sources)
+
+
+def centre_loss(logits: torch.Tensor, target: CellTargets) -> torch.Tensor:
+    "Focal loss (scene, G) of a source's own cell, and of others by how far they are; per source."
+    p = logits.sigmoid()
+    yes = -(1 - p).square() * torch.nn.functional.logsigmoid(logits)
+    no = -(1 - target.near).pow(4) * p.square() * torch.nn.functional.logsigmoid(-logits)
+    return torch.where(target.hit, yes, no).sum() / target.n_sources.sum().clamp_min(1)
+
+
+def offset_loss(offsets: torch.Tensor, target: CellTargets, least: float = 0.3) -> torch.Tensor:
+    "Huber's loss of offsets (scene, G, 3) in cells near sources, weighted by nearness."
+    weight = torch.where(target.near > least, target.near, torch.zeros_like(target.near))
+    return (_huber(offsets - target.offset).sum(-1) * weight).sum() / weight.sum().clamp_min(1e-6)
 
 # %% ../../nbs/nearfield/losses.ipynb #1787e3f5
 def peak_contrast(r: torch.Tensor, steering: torch.Tensor, n_sources: torch.Tensor) -> torch.Tensor:
