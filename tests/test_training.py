@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssl_kit.lab import training as training_loop
 from ssl_kit.lab.errors import ParameterError
 from ssl_kit.lab.training import TrainingConfig, epochs_without_best, plateau_factor, train_network
 
@@ -37,6 +38,12 @@ class LineTask:
     def loss(self, network, prepared, training):
         x, y = prepared
         return (torch.nn.functional.dropout(network(x), 0.1) - y).square().mean()
+
+
+class PlainLineTask(LineTask):
+    def loss(self, network, prepared, training):
+        x, y = prepared
+        return (network(x) - y).square().mean()
 
 
 class Points:
@@ -93,7 +100,7 @@ def test_a_training_from_before_an_option_goes_on_with_its_default(tmp_path):
     config = TrainingConfig(steps=10, epoch_steps=5, precision="32-true")
     train(tmp_path, config, time_limit_s=0)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    for name in ("schedule", "watch", "plateau_epochs", "stop_epochs", "devices"):
+    for name in ("schedule", "watch", "plateau_epochs", "stop_epochs", "drop_epochs", "drop_factor", "devices"):
         del saved["configs"]["training"][name]
     del saved["best"]
     torch.save(saved, tmp_path / "last.ckpt")
@@ -104,11 +111,58 @@ def test_a_training_from_before_an_option_goes_on_with_its_default(tmp_path):
         train(tmp_path, config)
 
 
+def test_step_schedule_is_that_of_pytorch(tmp_path):
+    """The rate of each step, of a training that is cut after each epoch, is StepLR's, without a warm-up."""
+    config = plan(steps=30, warmup_steps=0, schedule="step", drop_epochs=2, drop_factor=0.65, learning_rate=0.01)
+    rates = []
+
+    class Watching(LineTask):
+        def loss(self, network, prepared, training):
+            rates.append(watched[0]())
+            return super().loss(network, prepared, training)
+
+    def states(task, training, train, devices=1, _make=training_loop._State):
+        state = _make(task, training, train, devices)
+        watched[:] = [lambda: state.optimizer.param_groups[0]["lr"]]
+        return state
+
+    watched = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_loop, "_State", states)
+        for _ in range(6):  # an epoch at a time
+            train_network(tmp_path, Watching(), config, Points(), time_limit_s=0, report=lambda line: None)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.Adam([weight], 0.01)
+    peer, expected = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.65), []
+    for _ in range(6):
+        expected += [peer.get_last_lr()[0]] * 5
+        optimizer.step(), peer.step()
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)
+
+
+def test_adamw_without_decay_is_adam(tmp_path):
+    """What recipes that ask for Adam rely on."""
+    config = plan(steps=10, warmup_steps=0, schedule="step", learning_rate=0.05, weight_decay=0.0, clip_norm=1e9)
+    torch.manual_seed(config.seed)
+    line = Line(LineConfig())
+    optimizer = torch.optim.Adam(line.parameters(), 0.05)
+    task, points = PlainLineTask(), Points()
+    for step in range(10):
+        optimizer.zero_grad()
+        task.loss(line, task.prepare(points.draw(step)), config).backward()
+        optimizer.step()
+    train_network(tmp_path, task, config, points, device="cpu", report=lambda line: None)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["model"]
+    torch.testing.assert_close(saved, line.state_dict(), rtol=1e-5, atol=1e-6)
+
+
 def test_wrong_options_are_named(tmp_path):
     with pytest.raises(ParameterError, match="schedule.*'cosine'"):
         plan(schedule="cosine")
     with pytest.raises(ParameterError, match="stop_epochs"):
         plan(stop_epochs=-1)
+    with pytest.raises(ParameterError, match="drop_epochs, drop_factor.*0 and 0.65"):
+        plan(drop_epochs=0)
     with pytest.raises(ParameterError, match="watch.*loss.*'pesq'"):
         train(tmp_path, plan(watch="pesq"))
 

@@ -23,7 +23,7 @@ from .errors import ParameterError
 from .files import atomic_write, write_json
 
 # %% ../../nbs/lab/training.ipynb #25aafd64
-SCHEDULES = ("trapezoid", "plateau")
+SCHEDULES = ("trapezoid", "plateau", "step")
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,11 @@ class TrainingConfig:
     precision: str = "auto"             # "auto", "32-true", "bf16-mixed" or "16-mixed"
     workers: int = 0                    # processes that mix ahead; 0 inside notebooks
     seed: int = 0
-    schedule: str = "trapezoid"         # or "plateau"
+    schedule: str = "trapezoid"         # or "plateau", "step"
     watch: str = "loss"                 # what plateau and stopping look at: a figure of the history, lower is better
     plateau_epochs: int = 3             # epochs without a new best before the learning rate is halved
+    drop_epochs: int = 10               # "step": epochs between two drops of the learning rate
+    drop_factor: float = 0.65           # "step": what it is multiplied by then
     stop_epochs: int = 0                # epochs without a new best before the training ends; 0: never
 
     def __post_init__(self):
@@ -52,6 +54,9 @@ class TrainingConfig:
         if self.plateau_epochs < 1 or self.stop_epochs < 0:
             raise ParameterError(f"plateau_epochs, stop_epochs: expected at least 1 and 0, found "
                                  f"{self.plateau_epochs} and {self.stop_epochs}")
+        if self.drop_epochs < 1 or not 0 < self.drop_factor <= 1:
+            raise ParameterError(f"drop_epochs, drop_factor: expected at least 1, and above 0 up to 1, found "
+                                 f"{self.drop_epochs} and {self.drop_factor}")
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
@@ -167,8 +172,9 @@ class _State:
         cfg = self.config
         if cfg.schedule == "trapezoid":
             return cfg.learning_rate * learning_rate_factor(self.step, cfg.steps, cfg.warmup_steps)
-        return cfg.learning_rate * min(1.0, (self.step + 1) / max(cfg.warmup_steps, 1)) \
-            * plateau_factor(self.watched, cfg.plateau_epochs)
+        factor = cfg.drop_factor ** (len(self.history) // cfg.drop_epochs) if cfg.schedule == "step" \
+            else plateau_factor(self.watched, cfg.plateau_epochs)
+        return cfg.learning_rate * min(1.0, (self.step + 1) / max(cfg.warmup_steps, 1)) * factor
 
     def end_epoch(self, row: dict) -> None:
         "Note the figures of an epoch, and the average where they are the best so far."
