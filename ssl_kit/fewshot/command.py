@@ -85,8 +85,10 @@ def _detect_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("file", help="recording")
     sub.add_argument("--shots", required=True, metavar="CSV", help="its first calls: Audiofilename,Starttime,Endtime,Q")
     sub.add_argument("--model", default="fewshot_v1", metavar="FOLDER",
-                     help="detector from `ssl-kit fewshot train` (fewshot_v1, which is part of the kit)")
-    sub.add_argument("--method", choices=["prototypes", "plain", "template", "whole", "transductive"],
+                     help="detector from `ssl-kit fewshot train` (fewshot_v1, which is part of the kit); "
+                          "templates need none")
+    sub.add_argument("--method", choices=["prototypes", "plain", "cosine", "centred", "template", "whole",
+                                             "transductive"],
                      help="(what the detector was made for: prototypes)")
     sub.add_argument("--n-shots", type=int, default=5, metavar="N", help="calls to learn from (5)")
     sub.add_argument("--threshold", type=float, metavar="X", help="from 0 to 1 (chosen in training)")
@@ -215,13 +217,17 @@ def _read_shots(args: argparse.Namespace, duration_s: float):
 
 
 def _detector(args: argparse.Namespace):
-    "Network, preprocessing, method and rule."
-    from ssl_kit.fewshot.events import EventRule
+    "Network (None for templates), preprocessing, method and rule."
+    from ssl_kit.fewshot.episodes import Preprocessing
+    from ssl_kit.fewshot.events import TEMPLATE_RULE, EventRule
     from ssl_kit.fewshot.training import load_encoder, shipped_encoder
 
-    network, prep, about = load_encoder(shipped_encoder(args.model))
+    if args.method == "template":
+        network, prep, about = None, Preprocessing(), {"rules": {"template": TEMPLATE_RULE.as_dict()}}
+    else:
+        network, prep, about = load_encoder(shipped_encoder(args.model))
     method = args.method or about.get("method", "prototypes")
-    rule = EventRule(**about.get("rules", {}).get(method, {"threshold": 0.35 if method == "template" else 0.5}))
+    rule = EventRule(**about.get("rules", {}).get(method, {}))
     return network, prep, method, rule if args.threshold is None else replace(rule, threshold=args.threshold)
 
 

@@ -124,7 +124,13 @@ class PrototypeScorer:
         means = torch.stack([self._embed(covering_windows(span, shots.length, shots.hop, self.n_frames),
                                          shots.length).mean(0) for span in shots.spans])
         positive = means.mean(0)
-        if method == "plain":
+        if method in ("cosine", "centred"):
+            early = np.arange(0, max(1, shots.end - shots.length + 1), shots.hop)
+            origin = self._embed(early, shots.length).mean(0) if method == "centred" else torch.zeros_like(positive)
+
+            def score(rows):
+                return torch.cosine_similarity(rows - origin, (positive - origin)[None]).clamp(min=0)
+        elif method == "plain":
             others = [torch.cat([means[:k], means[k + 1:]]).mean(0) for k in range(len(means))] \
                 if len(means) > 1 else [positive]
             spread = float(torch.stack([(mean - other).square().sum()
@@ -192,7 +198,7 @@ def template_scores(frames: np.ndarray, shots: ShotFrames) -> np.ndarray:
     return total / len(shots.spans)
 
 # %% ../../nbs/fewshot/detection.ipynb #67c003c0
-METHODS = ("prototypes", "plain", "template", "whole", "transductive")
+METHODS = ("prototypes", "plain", "cosine", "centred", "template", "whole", "transductive")
 NOT_ALLOWED = ("transductive",)      # by the rules of DCASE 2024: it learns from the recording beyond the shots
 
 
