@@ -220,7 +220,8 @@ def _detector(args: argparse.Namespace):
     "Network (None for templates), preprocessing, method and rule."
     from ssl_kit.fewshot.episodes import Preprocessing
     from ssl_kit.fewshot.events import TEMPLATE_RULE, EventRule
-    from ssl_kit.fewshot.training import load_encoder, shipped_encoder
+    from ssl_kit.fewshot.shipped import shipped_encoder
+    from ssl_kit.fewshot.training import load_encoder
 
     if args.method == "template":
         network, prep, about = None, Preprocessing(), {"rules": {"template": TEMPLATE_RULE.as_dict()}}

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'FewshotTaskConfig', 'FewshotTask', 'Validation', 'split_training', 'FewshotRecipe', 'train_encoder',
-           'shipped_encoder', 'save_encoder', 'load_encoder']
+           'save_encoder', 'load_encoder']
 
 # %% ../../nbs/fewshot/training.ipynb #f7fdda55
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -150,19 +149,6 @@ def train_encoder(folder, recipe: FewshotRecipe, recordings: Sequence[Recording]
     return network, history, task
 
 # %% ../../nbs/fewshot/training.ipynb #a77149bc
-def shipped_encoder(name: str = "fewshot_v1") -> Path:
-    """Folder of a detector that is part of the package, or `name` itself where it is the path of a folder with one.
-
-    MissingDataError names the ones there are."""
-    base = Path(str(resources.files("ssl_kit"))) / "assets" / "checkpoints"
-    for folder in (base / name, Path(name)):
-        if (folder / "model.safetensors").is_file():
-            return folder
-    there = sorted(path.name for path in base.glob("fewshot*") if path.is_dir())
-    raise MissingDataError(f"detector {name!r}: expected {' or '.join([*there, 'a folder'])} with model.safetensors; "
-                           f"`ssl-kit fewshot train` writes one")
-
-
 def save_encoder(folder, network: Encoder, preprocessing: Preprocessing, about: dict | None = None,
                  half: bool = False) -> Path:
     "Write weights (with `half` in half precision, statistics never) and configuration into `folder`."
