@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from ssl_kit.fewshot.annotations import Event, Recording, load_split, write_events
 from ssl_kit.fewshot.command import add_fewshot_arguments, run_fewshot
-from ssl_kit.fewshot.comparison import compare_methods, differences
+from ssl_kit.fewshot.comparison import Contender, compare_methods, differences
 from ssl_kit.fewshot.detection import (
     METHODS,
+    NOT_ALLOWED,
     PrototypeScorer,
     ShotFrames,
     adaptive_length,
@@ -153,7 +154,8 @@ def test_nothing_behind_the_shots_changes_a_score_but_that_of_the_transductive_o
     other = frames.copy()
     other[1200:1600] = other[1200:1600][::-1] + 2
     near = slice(0, 700)
-    for method, same in (("prototypes", True), ("plain", True), ("transductive", False)):
+    for method in METHODS:
+        same = method not in NOT_ALLOWED
         a, b = (score_recording(beep_recording(), x, PREP, network, [method])[method][near] for x in (frames, other))
         assert np.allclose(a, b, atol=1e-5) == same, method
 
@@ -283,8 +285,9 @@ def scapes(tmp_path_factory):
 
 def test_methods_are_compared_on_the_same_recordings(scapes, network):
     root, splits = scapes
-    found = compare_methods(splits["val"], splits["test"], FeatureStore(top=root), PREP, network,
-                            ("prototypes", "template", "transductive"), n_draws=50)
+    store = FeatureStore(top=root)
+    ways = {name: [Contender(name, store, PREP, network)] for name in ("prototypes", "template", "transductive")}
+    found = compare_methods(splits["val"], splits["test"], ways, n_draws=50)
     table = found["table"]
     assert {row["allowed"] for row in table if row["method"] == "transductive"} == {False}
     for row in table:
@@ -296,7 +299,30 @@ def test_methods_are_compared_on_the_same_recordings(scapes, network):
     rows = differences(found["counts"], n_draws=50)
     assert [row["other"] for row in rows] == ["template", "transductive"] and rows[0]["low"] <= rows[0]["high"]
     with pytest.raises(ParameterError, match="both splits"):
-        compare_methods(splits["val"], splits["val"], FeatureStore(top=root), PREP, network)
+        compare_methods(splits["val"], splits["val"], ways)
+    with pytest.raises(ParameterError, match="template has none"):
+        compare_methods(splits["val"], splits["test"], {"template": []})
+
+
+def test_the_way_that_is_best_on_validation_stands_for_a_method(scapes, network, monkeypatch):
+    """Never the one that is best on test: scores are made up so that the two splits disagree."""
+    root, splits = scapes
+    store, val = FeatureStore(top=root), {recording.audio for recording in splits["val"]}
+
+    def made_up(recording, frames, preprocessing, network, methods, n_shots, precision=None):
+        right = np.zeros(len(frames))
+        for event in recording.with_value("Q", "POS"):
+            first, last = (round(t * preprocessing.feature.frame_rate_hz) for t in (event.start_s, event.end_s))
+            right[first:last] = 1.0
+        good = {"plain": recording.audio in val, "cosine": recording.audio not in val}
+        return {method: right if good[method] else np.zeros(len(frames)) for method in methods}
+
+    monkeypatch.setattr("ssl_kit.fewshot.comparison.score_recording", made_up)
+    ways = [Contender("cosine", store, PREP, network, "good on test"), Contender("plain", store, PREP, network, "val")]
+    found = compare_methods(splits["val"], splits["test"], {"no negatives": ways}, n_draws=20)
+    tried = {row["way"]: row["f_validation"] for row in found["tried"]}
+    assert tried["good on test"] == 0 and tried["val"] > 50
+    assert found["table"][-1]["f"] == 0
 
 
 def command(*words):
@@ -357,15 +383,16 @@ def test_what_detect_refuses(tmp_path, monkeypatch):
     header = "Audiofilename,Starttime,Endtime,Q\n"
     good = header + "".join(f"a.wav,{2 * k},{2 * k + 0.15},POS\n" for k in range(5))
     silent = write_audio(tmp_path / "silent.wav", np.zeros(22050 * 12), 22050)
-    cases = [("a.wav", header + "a.wav,1,2,POS\n", [], "at least 5"), ("a.wav", good, ["--method", "plain"], "--model"),
-             ("a.wav", good, ["--model", "nowhere"], "nowhere"), ("a.wav", good, ["--n-shots", "0"], "--n-shots"),
+    cases = [("a.wav", header + "a.wav,1,2,POS\n", [], "at least 5"),
+             ("a.wav", good, ["--method", "prototypes", "--model", "nowhere"], "detector 'nowhere'"),
+             ("a.wav", good, ["--n-shots", "0"], "--n-shots"),
              ("a.wav", good.replace("Q\n", "X,Y\n").replace("POS", "POS,POS"), [], "one column"),
              ("a.wav", good.replace("8,8.15", "80,80.15"), [], "another recording"),
              (silent.name, good.replace("a.wav", "silent.wav"), [], "silent"), ("b.wav", good, [], "b.wav")]
     for audio, table, options, words in cases:
         (tmp_path / "shots.csv").write_text(table)
         with pytest.raises(Exception, match=words):
-            command("detect", audio, "--shots", "shots.csv", *options)
+            command("detect", audio, "--shots", "shots.csv", "--method", "template", *options)
     assert not list(tmp_path.glob("*_events.csv"))
 
 

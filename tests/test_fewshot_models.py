@@ -312,6 +312,16 @@ def test_training_learns_resumes_and_refuses_other_settings(scapes, tmp_path):
         train_encoder(tmp_path / "b", other, recordings, FeatureStore(top=root), **quiet)
 
 
+def test_the_recipe_is_adam_with_pytorchs_step_schedule(scapes, tmp_path):
+    root, recordings = scapes
+    train_encoder(tmp_path, RECIPE, recordings, FeatureStore(top=root), time_limit_s=0, report=lambda row: None)
+    config = torch.load(tmp_path / "last.ckpt", weights_only=True)["configs"]["training"]
+    expected = dict(schedule="step", learning_rate=1e-3, drop_epochs=10, drop_factor=0.65, warmup_steps=0,
+                    weight_decay=0.0, watch="valid_loss")
+    assert {name: config[name] for name in expected} == expected
+    assert FewshotRecipe().stop_epochs > 0 and FewshotRecipe().encoder == EncoderConfig()
+
+
 def test_which_recordings_hold_out(scapes):
     train, held = split_training(scapes[1])
     assert {r.subset for r in held} == {"held_out"} and {r.subset for r in train} == {"soundscapes"}

@@ -20,7 +20,8 @@ _EXAMPLES = """examples:
   ssl-kit fewshot export my_set --split train --kind pcen
   ssl-kit fewshot check-features my_set
   ssl-kit fewshot train my_set my_detector --recipe quick --time-limit 600
-  ssl-kit fewshot detect robin.wav --shots robin.csv --model my_detector --raven --plot
+  ssl-kit fewshot detect robin.wav --shots robin.csv --raven --plot
+  ssl-kit fewshot detect robin.wav --shots robin.csv --model my_detector --threshold 0.7
   ssl-kit fewshot detect robin.wav --shots robin.csv --method template
   ssl-kit fewshot evaluate my_set predictions.csv --split val --json
 my_set has the layout of DCASE task 5: Training_Set/SUBSET/NAME.csv beside NAME.wav, Validation_Set, Test_Set"""
@@ -83,9 +84,12 @@ def _train_arguments(sub: argparse.ArgumentParser) -> None:
 def _detect_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("file", help="recording")
     sub.add_argument("--shots", required=True, metavar="CSV", help="its first calls: Audiofilename,Starttime,Endtime,Q")
-    sub.add_argument("--model", metavar="FOLDER", help="detector from `ssl-kit fewshot train`")
-    sub.add_argument("--method", choices=["prototypes", "plain", "template", "whole", "transductive"],
-                     help="(prototypes with a model, template without)")
+    sub.add_argument("--model", default="fewshot_v1", metavar="FOLDER",
+                     help="detector from `ssl-kit fewshot train` (fewshot_v1, which is part of the kit); "
+                          "templates need none")
+    sub.add_argument("--method", choices=["prototypes", "plain", "cosine", "centred", "template", "whole",
+                                             "transductive"],
+                     help="(what the detector was made for: prototypes)")
     sub.add_argument("--n-shots", type=int, default=5, metavar="N", help="calls to learn from (5)")
     sub.add_argument("--threshold", type=float, metavar="X", help="from 0 to 1 (chosen in training)")
     sub.add_argument("--output", metavar="CSV", help="table of events (NAME_events.csv in this folder)")
@@ -213,16 +217,18 @@ def _read_shots(args: argparse.Namespace, duration_s: float):
 
 
 def _detector(args: argparse.Namespace):
-    "Network (or None), preprocessing, method and rule."
+    "Network (None for templates), preprocessing, method and rule."
     from ssl_kit.fewshot.episodes import Preprocessing
-    from ssl_kit.fewshot.events import EventRule
+    from ssl_kit.fewshot.events import TEMPLATE_RULE, EventRule
+    from ssl_kit.fewshot.shipped import shipped_encoder
     from ssl_kit.fewshot.training import load_encoder
 
-    network, prep, about = (None, Preprocessing(), {}) if args.model is None else load_encoder(args.model)
-    method = args.method or about.get("method") or ("template" if network is None else "prototypes")
-    if network is None and method != "template":
-        raise ParameterError(f"--method {method} needs a network: give --model FOLDER, or take --method template")
-    rule = EventRule(**about.get("rules", {}).get(method, {"threshold": 0.35 if method == "template" else 0.5}))
+    if args.method == "template":
+        network, prep, about = None, Preprocessing(), {"rules": {"template": TEMPLATE_RULE.as_dict()}}
+    else:
+        network, prep, about = load_encoder(shipped_encoder(args.model))
+    method = args.method or about.get("method", "prototypes")
+    rule = EventRule(**about.get("rules", {}).get(method, {}))
     return network, prep, method, rule if args.threshold is None else replace(rule, threshold=args.threshold)
 
 

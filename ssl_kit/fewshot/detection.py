@@ -124,7 +124,13 @@ class PrototypeScorer:
         means = torch.stack([self._embed(covering_windows(span, shots.length, shots.hop, self.n_frames),
                                          shots.length).mean(0) for span in shots.spans])
         positive = means.mean(0)
-        if method == "plain":
+        if method in ("cosine", "centred"):
+            early = np.arange(0, max(1, shots.end - shots.length + 1), shots.hop)
+            origin = self._embed(early, shots.length).mean(0) if method == "centred" else torch.zeros_like(positive)
+
+            def score(rows):
+                return torch.cosine_similarity(rows - origin, (positive - origin)[None]).clamp(min=0)
+        elif method == "plain":
             others = [torch.cat([means[:k], means[k + 1:]]).mean(0) for k in range(len(means))] \
                 if len(means) > 1 else [positive]
             spread = float(torch.stack([(mean - other).square().sum()
@@ -178,48 +184,46 @@ def cross_correlation(template: np.ndarray, frames: np.ndarray) -> np.ndarray:
 
 
 def template_scores(frames: np.ndarray, shots: ShotFrames) -> np.ndarray:
-    "Score (frame,): the best correlation over the shots of the windows that cover a frame."
+    "Score (frame,): the mean over the shots of the best correlation of the windows that cover a frame."
     from scipy.ndimage import maximum_filter1d
 
-    frames = frames - np.median(frames, axis=0)
-    best = np.zeros(len(frames))
+    frames = frames - np.median(frames[:shots.end], axis=0)
+    total = np.zeros(len(frames))
     for first, last in shots.spans:
         n = last - first
         values = np.zeros(len(frames))
         values[:len(frames) - n + 1] = cross_correlation(frames[first:last], frames).clip(0)
         # a peak at t says that t .. t + n - 1 is the call
-        best = np.maximum(best, maximum_filter1d(values, n, origin=(n - 1) // 2, mode="constant"))
-    return best
+        total += maximum_filter1d(values, n, origin=(n - 1) // 2, mode="constant")
+    return total / len(shots.spans)
 
 # %% ../../nbs/fewshot/detection.ipynb #67c003c0
-METHODS = ("prototypes", "plain", "template", "whole", "transductive")
+METHODS = ("prototypes", "plain", "cosine", "centred", "template", "whole", "transductive")
 NOT_ALLOWED = ("transductive",)      # by the rules of DCASE 2024: it learns from the recording beyond the shots
 
 
 def score_recording(recording: Recording, frames: np.ndarray, preprocessing: Preprocessing, network=None,
-                    methods: Sequence[str] = METHODS, n_shots: int = 5, networks: dict | None = None,
-                    precision=None) -> dict[str, np.ndarray]:
+                    methods: Sequence[str] = METHODS, n_shots: int = 5, precision=None,
+                    scorer: PrototypeScorer | None = None) -> dict[str, np.ndarray]:
     """{method: score (frame,)} of a recording from its first `n_shots` calls; nothing else of its table is used but UNK
     events among the shots, which are no negatives.
 
-    `networks` names another network for a method, such as one trained without negatives for "plain". Raises
-    ParameterError for an unknown method or a missing network, DataError as in `shot_frames`."""
+    `scorer`: of this recording, where there is one from an earlier question. Raises ParameterError for an unknown
+    method or a missing network, DataError as in `shot_frames`."""
     for method in methods:
         if method not in METHODS:
             raise ParameterError(f"method {method!r}: {nearest(method, METHODS)}")
     shots = recording.shots(n_shots)
     label = recording.classes[0]
     unsure = [e for e in recording.with_value(label, "UNK") if e.start_s < max(shot.end_s for shot in shots)]
-    found, scorers = {}, {}
+    found = {}
     for method in methods:
         spans = shot_frames(shots, len(frames), preprocessing, unsure, whole=method == "whole")
         if method == "template":
             found[method] = template_scores(frames, spans)
             continue
-        chosen = (networks or {}).get(method, network)
-        if chosen is None:
+        if network is None and scorer is None:
             raise ParameterError(f"method {method!r} needs a network; only 'template' works without")
-        if id(chosen) not in scorers:
-            scorers[id(chosen)] = PrototypeScorer(chosen, preprocessing, frames, precision)
-        found[method] = scorers[id(chosen)].scores(spans, "prototypes" if method == "whole" else method)
+        scorer = scorer or PrototypeScorer(network, preprocessing, frames, precision)
+        found[method] = scorer.scores(spans, "prototypes" if method == "whole" else method)
     return found

@@ -147,7 +147,8 @@ class Encoder(nn.Module):
         return self.weigh(pooled, x.mean((2, 3)), x.amax((2, 3)))
 
 # %% ../../nbs/fewshot/encoder.ipynb #bb992a24
-_HALO, _BLOCK = 56, 2048  # frames: what a map frame can see on each side, and what is done at once
+_HALO = {"v1": 24, "v2": 48}  # frames that a map frame can see on each side, rounded up to map frames
+_BLOCK = 1024                 # frames at once: larger maps are given back to the system each time, and fetched anew
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,10 +176,10 @@ def recording_maps(network: Encoder, frames: np.ndarray, precision: torch.dtype 
     (None: as the weights)."""
     network, n_frames = _without_norms(network), len(frames)
     cfg = network.config
-    padded = -(-max(n_frames, cfg.stride) // cfg.stride) * cfg.stride
+    padded, halo = -(-max(n_frames, cfg.stride) // cfg.stride) * cfg.stride, _HALO[cfg.version]
     averages, largest = [], []
     for start in range(0, padded, _BLOCK):
-        first, last = max(0, start - _HALO), min(padded, start + _BLOCK + _HALO)
+        first, last = max(0, start - halo), min(padded, start + _BLOCK + halo)
         part = torch.from_numpy(np.array(frames[first:last], np.float32))
         if len(part) < last - first:  # the last map frame is whole: the last frame is repeated
             part = torch.cat([part, part[-1:].expand(last - first - len(part), -1)])

@@ -161,6 +161,10 @@ class Episodes:
                 raise DataError(f"class {label}: no gap of {self.preprocessing.segment_s:g} s between its calls in "
                                 f"{', '.join(names[:3])}; add recordings with pauses, or train without negatives")
 
+    def count(self, label: str) -> int:
+        "Examples of a class."
+        return len(self._spans.get(label, ()))
+
     def identity(self) -> dict:
         "What a resumed training must share."
         made_of = sha256_json({label: [[n, *span] for n, span in self._spans[label]] for label in self.classes})

@@ -8,7 +8,7 @@ __all__ = ['RECIPES', 'FewshotTaskConfig', 'FewshotTask', 'Validation', 'split_t
 
 # %% ../../nbs/fewshot/training.ipynb #f7fdda55
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,7 @@ class FewshotTask:
 
 
 class Validation:
-    "valid_loss and valid_accuracy on the first episodes of a stream."
+    "valid_loss and valid_accuracy on the first episodes of a stream; the precision is that of training."
 
     def __init__(self, task: FewshotTask, stream: Episodes, n_episodes: int = 20):
         if n_episodes < 1:
@@ -81,8 +81,9 @@ class Validation:
             self._prepared = [self.task.prepare(self.stream.draw(step)) for step in range(self.n_episodes)]
         was_training, device = network.training, next(network.parameters()).device
         network.eval()
-        rows = [[float(x) for x in self.task.loss_and_accuracy(network, loop.on_device(prepared, device))]
-                for prepared in self._prepared]
+        with torch.autocast(device.type, torch.bfloat16, enabled=loop.choose_precision() == "bf16-mixed"):
+            rows = [[float(x) for x in self.task.loss_and_accuracy(network, loop.on_device(prepared, device))]
+                    for prepared in self._prepared]
         network.train(was_training)
         loss, accuracy = np.mean(rows, axis=0)
         return {"valid_loss": float(loss), "valid_accuracy": float(accuracy)}
@@ -106,17 +107,28 @@ class FewshotRecipe:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     episode: EpisodeConfig = field(default_factory=EpisodeConfig)
-    steps: int = 5000
-    epoch_steps: int = 100
-    learning_rate: float = 1e-3
-    plateau_epochs: int = 5
-    stop_epochs: int = 15
-    valid_episodes: int = 20
+    steps: int = 5000                   # episodes in all
+    epoch_steps: int = 100              # episodes between validations
+    learning_rate: float = 1e-3         # of Adam, at first
+    drop_epochs: int = 10               # epochs until it is multiplied by `drop_factor`, and so on
+    drop_factor: float = 0.65
+    stop_epochs: int = 15               # epochs without a better validation before the training ends; 0: never
+    valid_episodes: int = 10
     seed: int = 0
 
 
-RECIPES = {"quick": FewshotRecipe(EncoderConfig(channels=(16, 32, 16)), steps=400, epoch_steps=50, stop_epochs=0),
+RECIPES = {"quick": FewshotRecipe(EncoderConfig(channels=(16, 32, 16)), steps=400, epoch_steps=20, stop_epochs=0),
            "full": FewshotRecipe(), "full-v2": FewshotRecipe(EncoderConfig("v2"))}
+
+
+def _held_out_episodes(held: Sequence[Recording], store: FeatureStore, recipe: FewshotRecipe) -> Episodes:
+    "Episodes as in training; where too few calls are held out for that, one shot and one query of fewer classes."
+    episode, prep = recipe.episode, recipe.preprocessing
+    found = Episodes(held, store, prep, replace(episode, k_way=2, n_shot=1, n_query=1))
+    if sum(found.count(label) >= episode.n_shot + episode.n_query for label in found.classes) < episode.k_way:
+        k_way = max(2, min(episode.k_way, len(found.classes) // 2))
+        episode = replace(episode, k_way=k_way, n_shot=1, n_query=1)
+    return Episodes(held, store, prep, episode, seed=1)
 
 
 def train_encoder(folder, recipe: FewshotRecipe, recordings: Sequence[Recording], store: FeatureStore,
@@ -128,21 +140,22 @@ def train_encoder(folder, recipe: FewshotRecipe, recordings: Sequence[Recording]
     statistics = store.statistics([recording.audio for recording in train])
     task = FewshotTask(recipe.encoder, recipe.preprocessing, statistics)
     stream = Episodes(train, store, recipe.preprocessing, recipe.episode, recipe.seed)
-    held_classes = Episodes(held, store, recipe.preprocessing, EpisodeConfig(2, 1, 1, recipe.episode.negatives)).classes
-    valid = EpisodeConfig(max(2, min(recipe.episode.k_way, len(held_classes) // 2)), 1, 1, recipe.episode.negatives)
-    check = Validation(task, Episodes(held, store, recipe.preprocessing, valid, 1), recipe.valid_episodes)
-    config = loop.TrainingConfig(recipe.steps, recipe.epoch_steps, recipe.learning_rate, warmup_steps=10,
+    check = Validation(task, _held_out_episodes(held, store, recipe), recipe.valid_episodes)
+    config = loop.TrainingConfig(recipe.steps, recipe.epoch_steps, recipe.learning_rate, warmup_steps=0,
                                  weight_decay=0.0, clip_norm=10.0, average_decay=0.99, workers=workers,
-                                 seed=recipe.seed, schedule="plateau", watch="valid_loss",
-                                 plateau_epochs=recipe.plateau_epochs, stop_epochs=recipe.stop_epochs)
+                                 seed=recipe.seed, schedule="step", watch="valid_loss", stop_epochs=recipe.stop_epochs,
+                                 drop_epochs=recipe.drop_epochs, drop_factor=recipe.drop_factor)
     network, history = loop.train_network(folder, task, config, stream, check, time_limit_s, device, report)
     return network, history, task
 
 # %% ../../nbs/fewshot/training.ipynb #a77149bc
-def save_encoder(folder, network: Encoder, preprocessing: Preprocessing, about: dict | None = None) -> Path:
-    "Write weights and configuration into `folder`."
+def save_encoder(folder, network: Encoder, preprocessing: Preprocessing, about: dict | None = None,
+                 half: bool = False) -> Path:
+    "Write weights (with `half` in half precision, statistics never) and configuration into `folder`."
     folder = Path(folder)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    weights = {name for name, _ in network.named_parameters()}
+    tensors = {name: value.detach().cpu().to(torch.float16 if half and name in weights else value.dtype).contiguous()
+               for name, value in network.state_dict().items()}
     write_bytes(folder / "model.safetensors", save_tensors(tensors, metadata={"format": "ssl_kit fewshot"}))
     write_json(folder / "config.json", {"kind": "fewshot", "encoder": asdict(network.config),
                                         "preprocessing": preprocessing.as_dict(), "about": about or {},
