@@ -23,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = "skipped"
+STARTED: list[subprocess.Popen] = []  # to be ended with this script, however it ends
 
 
 class Ground:
@@ -45,8 +46,10 @@ class Ground:
 
     def start(self, **environment) -> subprocess.Popen:
         """The command in a session of its own, so that all of it can be killed."""
-        return subprocess.Popen(self.command("--json"), env=self.environment(**environment), cwd=self.runs.parent,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen(self.command("--json"), env=self.environment(**environment), cwd=self.runs.parent,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        STARTED.append(process)
+        return process
 
     def finish(self, **environment) -> tuple[int, list | None, str]:
         """Exit code, the runs with their metrics, and what was said."""
@@ -244,7 +247,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(arguments)
-    rows = campaign(args.stage, args.kills, args.seed, args.only, args.share)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        rows = campaign(args.stage, args.kills, args.seed, args.only, args.share)
+    finally:
+        for process in STARTED:
+            if process.poll() is None:
+                kill_all(process)
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
