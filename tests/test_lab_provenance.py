@@ -70,6 +70,20 @@ def test_a_new_checkpoint_is_new_code_where_it_may_be_opened(package, source, co
     assert (code_digests("import ssl_kit.lab.files", package) != before) == counts
 
 
+@pytest.mark.parametrize(("source", "counts"), [
+    ("open(folder / 'assets' / 'net' / f'weights{end}')", True),
+    ("open(folder / 'assets' / 'net' / 'weights.bin')", True),
+    ("open(folder / 'assets' / 'net' / f'other_{name}')", False),
+    ("open(folder / 'assets' / 'net' / f'other_{name}', folder / 'net')", True),  # the folder is spoken of elsewhere too
+    ("open(folder / 'assets' / 'net' / f'{name}_other')", True),
+])
+def test_only_assets_whose_names_begin_as_told_count(package, source, counts):
+    (package / "lab" / "files.py").write_text(source)
+    before = code_digests("import ssl_kit.lab.files", package)
+    (package / "assets" / "net" / "weights.bin").write_text("2")
+    assert (code_digests("import ssl_kit.lab.files", package) != before) == counts
+
+
 def test_machinery_names_modules_that_exist():
     """A renamed module must not slip into every identity, or out of it."""
     folder = provenance.package_folder()

@@ -84,7 +84,28 @@ def _assets_used(source: str, known: frozenset[str]) -> frozenset[str]:
              isinstance(node.value, str) for part in node.value.split("/")]
     if "assets" not in parts:
         return frozenset()
-    return known & frozenset(parts) or known
+    narrow, n_narrow = _begins_of_names(source)
+    named = known & frozenset(parts) or known
+    if any(n_narrow.get(name, 0) < parts.count(name) for name in named):  # somewhere any of its files may be meant
+        return named
+    return frozenset(f"{name}/{begin}" for name in named for begin in narrow[name])
+
+
+def _begins_of_names(source: str) -> tuple[dict[str, set[str]], dict[str, int]]:
+    """For folders of assets/ of which a source takes but entries whose names begin in a known way, those beginnings.
+
+    `... / "assets" / "checkpoints" / f"enhance_{name}"` gives {"checkpoints": {"enhance_"}}; and how often."""
+    begins, counts = {}, {}
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and isinstance(node.left, ast.BinOp)):
+            continue
+        folder, above, name = node.left.right, node.left.left, node.right
+        name = name.values[0] if isinstance(name, ast.JoinedStr) and name.values else name
+        inside = isinstance(above, ast.BinOp) and getattr(above.right, "value", None) == "assets"
+        if inside and all(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in (folder, name)):
+            begins.setdefault(folder.value, set()).add(name.value)
+            counts[folder.value] = counts.get(folder.value, 0) + 1
+    return begins, counts
 
 
 def _tree_digest(source: str) -> str:
@@ -101,7 +122,8 @@ def code_digests(source: str, root: Path | None = None) -> dict[str, str]:
     top = root / "assets"
     known = frozenset(path.name for path in top.iterdir()) if top.is_dir() else frozenset()
     for name in frozenset().union(*(_assets_used(text, known) for text in sources.values())):
-        for path in (top / name, *(top / name).rglob("*")):
+        chosen = top.glob(f"{name}*") if "/" in name else (top / name,)
+        for path in (part for entry in chosen for part in (entry, *entry.rglob("*"))):
             if path.is_file() and "__pycache__" not in path.parts:
                 digests[path.relative_to(root).as_posix()] = sha256_file(path)
     return dict(sorted(digests.items()))
