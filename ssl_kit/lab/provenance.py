@@ -86,7 +86,7 @@ def _assets_used(source: str, known: frozenset[str]) -> frozenset[str]:
         return frozenset()
     narrow, n_narrow = _begins_of_names(source)
     named = known & frozenset(parts) or known
-    if any(n_narrow.get(name, 0) < parts.count(name) for name in named):  # somewhere any of its files may be meant
+    if any(n_narrow.get(name, -1) < parts.count(name) for name in named):  # somewhere any of its files may be meant
         return named
     return frozenset(f"{name}/{begin}" for name in named for begin in narrow[name])
 
