@@ -25,6 +25,7 @@ GUIDES = {
     "How to": ("localize/own_recordings", "guides/own_array", "routing/new_detector", "guides/own_data",
                "lab/kaggle_guide", "guides/thesis", "guides/many_machines"),
 }
+AS_WRITTEN = ("lab/kaggle_guide",)  # not executed: it would show folders of the machine that builds
 BESIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff")
 FRONT = "guides/front.md"  # index.html; the README's notebook is the page overview.html
 AT_LENGTH = "The kit at length"
@@ -158,8 +159,10 @@ def executed(path):
 
 
 def on_pre_build(config):
-    for path in pages_of("guides"):
-        write(Path(config.docs_dir) / "guides" / path.name, reading_copy(executed(path), 1))
+    for name in (name for names in GUIDES.values() for name in names if name not in AS_WRITTEN):
+        path = ROOT / "nbs" / f"{name}.ipynb"
+        if path.is_file():
+            write(Path(config.docs_dir) / f"{name}.ipynb", reading_copy(executed(path), 1))
 
 
 def mathml(match):

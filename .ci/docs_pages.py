@@ -48,9 +48,8 @@ def value_cell(value):
 def parameter_row(name, parameter, by_profile):
     quick, *others = (shown(by_profile[profile][name]) for profile in ("quick", "ci", "full"))
     choices = f"one of {', '.join(f'`{shown(value)}`' for value in parameter.choices)}" if parameter.choices else ""
-    return [f"`{name}`", f"`{parameter.type_text}`", value_cell(quick),
-            *(value_cell(value) if value != quick else "" for value in others),
-            "; ".join(filter(None, (parameter.help.rstrip("."), choices)))]
+    return [f"`{name}`", "; ".join(filter(None, (parameter.help.rstrip("."), choices))), f"`{parameter.type_text}`",
+            value_cell(quick), *(value_cell(value) if value != quick else "" for value in others)]
 
 
 def stage_part(stage, tracks):
@@ -63,7 +62,7 @@ def stage_part(stage, tracks):
     return "\n\n".join([
         f"## {stage.name}",
         f"{stage.title}. [The stage](../stages/{stage.name}.ipynb). {' '.join(filter(None, facts))}",
-        table(["name", "type", "quick", "ci", "full", "what"],
+        table(["name", "what", "type", "quick", "ci", "full"],
               [parameter_row(name, parameter, by_profile) for name, parameter in stage.parameters.items()])])
 
 
@@ -90,7 +89,7 @@ def first_line(node):
 
 
 def public_names(path):
-    """(docstring, rows) of a module: (name, what it is called with, first line) of each name that is defined in it."""
+    """(docstring, rows) of a module: (name, first line, what it is called with) of each name that is defined in it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     exported = next((set(ast.literal_eval(node.value)) for node in tree.body
                      if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"), set())
@@ -98,11 +97,11 @@ def public_names(path):
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in exported:
             kind = "class" if isinstance(node, ast.ClassDef) else f"({', '.join(argument_names(node.args))})"
-            rows.append([f"`{node.name}`", kind if kind == "class" else f"`{kind}`", first_line(node)])
+            rows.append([f"`{node.name}`", first_line(node), kind if kind == "class" else f"`{kind}`"])
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if getattr(target, "id", "") in exported:
-                rows.append([f"`{target.id}`", "constant", constant(node.value)])
+                rows.append([f"`{target.id}`", constant(node.value), "constant"])
     return first_line(tree), rows
 
 
@@ -130,7 +129,7 @@ def api_pages(tracks):
             about, names = public_names(path)
             count += len(names)
             parts.append(f"## ssl_kit.{track}.{path.stem}\n\n{about}. [The module](../{track}/{path.stem}.ipynb)"
-                         + (f"\n\n{table(['name', 'arguments', 'what'], names)}" if names else ""))
+                         + (f"\n\n{table(['name', 'what', 'arguments'], names)}" if names else ""))
         pages[f"api_{track}.md"] = page(
             f"Names: {title}", f"The public names of `ssl_kit.{track}`, module by module. Each module's page has the "
             "code, the whole docstring with shapes and units, and the checks.", *parts)
@@ -188,15 +187,15 @@ def card_pages():
     for path in sorted((ROOT / "data_manifests").glob("*.yaml")):
         manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
         pages[f"data_{path.stem}.md"] = data_card(manifest)
-        data_rows.append([f"[{manifest['name']}](data_{path.stem}.md)", manifest["licence"]["name"],
-                          ACCESS[manifest["access"]], manifest["what"]])
+        data_rows.append([f"[{manifest['name']}](data_{path.stem}.md)", manifest["what"],
+                          manifest["licence"]["name"], ACCESS[manifest["access"]]])
     for path in sorted((ROOT / "ssl_kit" / "assets" / "checkpoints").glob("*/README.md")):
         file = f"model_{path.parent.name}.md"
         pages[file] = model_card(path)
         model_rows.append([f"[{path.parent.name}]({file})", pages[file].partition("\n")[0].lstrip("# ")])
     pages["index.md"] = page(
         "Data and model cards", "What the studies were made of: from the manifests in `data_manifests/` and the cards "
-        "beside the checkpoints.", "## Data sets\n\n" + table(["set", "licence", "access", "what"], data_rows),
+        "beside the checkpoints.", "## Data sets\n\n" + table(["set", "what", "licence", "access"], data_rows),
         "## Networks that come with the kit\n\n" + table(["checkpoint", "what"], model_rows))
     return pages
 
