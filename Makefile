@@ -49,7 +49,7 @@ environment:
 	  echo "Setting up $(VENV) (once; some minutes, mostly download)"; \
 	  $(PYTHON) -m venv --clear $(VENV); \
 	fi
-	@$(QUIET) $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs,distributed,page,onnx,bench]'
+	@$(QUIET) $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs,distributed,page,hpo,hdf5,onnx,bench]'
 	@rm -f $(VENV)/.setup-* && touch $(STAMP)
 
 study: setup

@@ -23,7 +23,7 @@ def asset_files():
 
 settings = read_settings()
 readme = HERE / "README.md"
-EXTRAS = ("dev", "docs", "distributed", "page", "onnx", "bench", "kaggle")
+EXTRAS = ("dev", "docs", "distributed", "page", "demo", "hpo", "hdf5", "onnx", "bench", "kaggle")
 extras = {extra: settings[f"{extra}_requirements"].split() for extra in EXTRAS}
 
 setup(

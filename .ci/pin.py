@@ -38,7 +38,7 @@ if __name__ == "__main__":
     parser.read(ROOT / "settings.ini", encoding="utf-8")
     settings = parser["DEFAULT"]
     extras = ("requirements", "dev_requirements", "docs_requirements", "distributed_requirements",
-              "page_requirements", "onnx_requirements", "bench_requirements")
+              "page_requirements", "hpo_requirements", "hdf5_requirements", "onnx_requirements", "bench_requirements")
     wanted = " ".join(settings[k] for k in extras).split()
     lines = [f"{name}=={version}" for name, version in sorted(closure(wanted).items())]
     header = "# The versions the kit is tested with; `make pin` writes this file from the environment.\n"

@@ -64,7 +64,8 @@ EXTRAS = {"distributed": "rooms and sweeps on many machines (--scheduler)",
           "gradio": "the live pages (ssl-kit page, ssl-kit demo)",
           "kaggle": "ssl-kit kaggle push and pull",
           "onnx": "ssl-kit export-enhance and enhance --int8", "onnxruntime": "ssl-kit enhance --int8",
-          "noisereduce": "the peer in ssl-kit bench enhance"}
+          "noisereduce": "the peer in ssl-kit bench enhance", "optuna": "ssl-kit run nearfield_hpo",
+          "psycopg": "hyperparameters on PostgreSQL", "h5py": "ssl-kit run fewshot_storage with HDF5"}
 
 
 def check_extra(name: str) -> Finding:
