@@ -74,7 +74,7 @@ def test_a_new_checkpoint_is_new_code_where_it_may_be_opened(package, source, co
     ("open(folder / 'assets' / 'net' / f'weights{end}')", True),
     ("open(folder / 'assets' / 'net' / 'weights.bin')", True),
     ("open(folder / 'assets' / 'net' / f'other_{name}')", False),
-    ("open(folder / 'assets' / 'net' / f'other_{name}', folder / 'net')", True),  # the folder is spoken of elsewhere too
+    ("open(folder / 'assets' / 'net' / f'other_{name}', folder / 'net')", True),  # the folder is named elsewhere too
     ("open(folder / 'assets' / 'net' / f'{name}_other')", True),
 ])
 def test_only_assets_whose_names_begin_as_told_count(package, source, counts):
