@@ -92,11 +92,10 @@ def bench_detect(quick: bool = False) -> BenchResult:
     import torch
 
     from ssl_kit.fewshot.annotations import Event, Recording
-    from ssl_kit.fewshot.detection import score_recording
+    from ssl_kit.fewshot.detection import score_recording, scoring_precision
     from ssl_kit.fewshot.encoder import Encoder
     from ssl_kit.fewshot.episodes import Preprocessing
     from ssl_kit.fewshot.events import find_events
-    from ssl_kit.lab.training import choose_precision
 
     torch.manual_seed(0)
     prep, network, share = Preprocessing(), Encoder().eval(), 1 / 60 if quick else 1.0
@@ -104,7 +103,7 @@ def bench_detect(quick: bool = False) -> BenchResult:
     frames = np.random.default_rng(0).standard_normal((round(3600 * share * rate), 128)).astype(np.float32)
     shots = tuple(Event(2.0 * k, 2.0 * k + 0.2, ("POS",)) for k in range(5))
     recording = Recording(Path("hour.wav"), 3600.0 * share, ("Q",), shots)
-    precision = torch.bfloat16 if choose_precision() == "bf16-mixed" else None
+    precision = scoring_precision()
     load, wall, cpu = os.getloadavg()[0], time.perf_counter(), time.process_time()
     score = score_recording(recording, frames, prep, network, ["prototypes"], precision=precision)["prototypes"]
     events = find_events(score, shots, rate)

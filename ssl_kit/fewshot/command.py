@@ -172,6 +172,7 @@ def _run_train(args: argparse.Namespace) -> int:
     "Exit code 0 when the training is complete, 3 when the time limit came first."
     from ssl_kit.fewshot.annotations import load_split
     from ssl_kit.fewshot.comparison import score_split
+    from ssl_kit.fewshot.detection import scoring_precision
     from ssl_kit.fewshot.events import choose_rule
     from ssl_kit.fewshot.store import FeatureStore, export_features
     from ssl_kit.fewshot.training import save_encoder, train_encoder
@@ -188,8 +189,8 @@ def _run_train(args: argparse.Namespace) -> int:
     network, history, _ = train_encoder(folder / "training", recipe, train, store, args.time_limit, args.device,
                                         (lambda line: None) if args.json else print)
     method = "plain" if args.no_negatives else "prototypes"
-    rule, f_val = choose_rule(val, score_split(val, store, prep, network, [method], label="threshold")[method],
-                              prep.feature.frame_rate_hz)
+    scores = score_split(val, store, prep, network, [method], precision=scoring_precision(), label="threshold")[method]
+    rule, f_val = choose_rule(val, scores, prep.feature.frame_rate_hz)
     last, since = history[-1], epochs_without_best([row["valid_loss"] for row in history])[-1]
     about = {"recipe": args.recipe, "method": method, "rules": {method: rule.as_dict()}, "f_validation": f_val,
              "steps": last["step"], "of": recipe.steps, "seed": recipe.seed}
@@ -233,12 +234,11 @@ def _detector(args: argparse.Namespace):
 
 
 def _run_detect(args: argparse.Namespace) -> int:
-    from ssl_kit.fewshot.detection import NOT_ALLOWED, score_recording
+    from ssl_kit.fewshot.detection import NOT_ALLOWED, score_recording, scoring_precision
     from ssl_kit.fewshot.events import find_events, plot_detection, write_predictions, write_raven
     from ssl_kit.fewshot.features import file_features
     from ssl_kit.lab.audio import audio_info
     from ssl_kit.lab.progress import progress
-    from ssl_kit.lab.training import choose_precision
 
     network, prep, method, rule = _detector(args)
     recording = _read_shots(args, audio_info(args.file).duration_s)
@@ -246,12 +246,7 @@ def _run_detect(args: argparse.Namespace) -> int:
     with progress(total=3, label=f"{name}: features") as bar:
         frames = file_features(args.file, prep.feature)
         bar.update(), bar.set_description(f"{name}: {method}")
-        precision = None
-        if choose_precision() == "bf16-mixed":
-            import torch
-
-            precision = torch.bfloat16
-        score = score_recording(recording, frames, prep, network, [method], args.n_shots, precision=precision)[method]
+        score = score_recording(recording, frames, prep, network, [method], args.n_shots, scoring_precision())[method]
         bar.update(), bar.set_description(f"{name}: events")
         events = find_events(score, shots, prep.feature.frame_rate_hz, rule)
         bar.update()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'NOT_ALLOWED', 'adaptive_length', 'ShotFrames', 'shot_frames', 'covering_windows', 'negative_windows',
-           'frame_scores', 'PrototypeScorer', 'cross_correlation', 'template_scores', 'score_recording']
+           'frame_scores', 'scoring_precision', 'PrototypeScorer', 'cross_correlation', 'template_scores',
+           'score_recording']
 
 # %% ../../nbs/fewshot/detection.ipynb #b2cff369
 from collections.abc import Sequence
@@ -90,6 +91,15 @@ def frame_scores(window_scores: np.ndarray, starts: np.ndarray, length: int, n_f
 
 # %% ../../nbs/fewshot/detection.ipynb #3d9aad94
 _CHUNK = 4096  # windows embedded at once
+
+
+def scoring_precision():
+    "torch.bfloat16 where the processor has it: half the time for a recording. None, as the weights, elsewhere."
+    import torch
+
+    from ssl_kit.lab.training import choose_precision
+
+    return torch.bfloat16 if choose_precision() == "bf16-mixed" else None
 
 
 class PrototypeScorer:

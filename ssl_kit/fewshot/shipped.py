@@ -86,12 +86,12 @@ def write_card(folder, tables) -> Path:
                       f"{float(row['high']):.1f}]" for row in _rows(tables / "differences.csv"))
     facts = [("architecture", f"`ssl_kit.fewshot.encoder.Encoder`, {encoder['version']}, channels "
               f"{', '.join(map(str, encoder['channels']))}, 2,048 outputs; {size_mb:.1f} MB, half precision"),
-             ("input", f"{feature['kind']}, {feature['n_mels']} mel bands {feature['fmin_hz']:g}–{feature['fmax_hz']:g} "
-              f"Hz, hop {feature['hop_length']} at {feature['sample_rate']:,} Hz; segments of "
+             ("input", f"{feature['kind']}, {feature['n_mels']} mel bands {feature['fmin_hz']:g}–"
+              f"{feature['fmax_hz']:g} Hz, hop {feature['hop_length']} at {feature['sample_rate']:,} Hz; segments of "
               f"{record['preprocessing']['segment_s']:g} s, short calls: {record['preprocessing']['short']}"),
              ("trained on", about.get("data", "")),
-             ("training", f"{about['steps']:,} episodes of {about.get('episode', '')}; Adam 0.001, times 0.65 every ten "
-              f"epochs; weights of episode {about['best_step']:,}, the least loss on held-out calls"),
+             ("training", f"{about['steps']:,} episodes of {about.get('episode', '')}; Adam 0.001, times 0.65 every "
+              f"ten epochs; weights of episode {about['best_step']:,}, the least loss on held-out calls"),
              ("where", f"{about.get('hardware', '')}, {about['seconds'] / 60:.0f} minutes"),
              ("to make it again", f"`{about.get('command', '')}`"),
              ("rule", f"chosen on validation soundscapes: {about['rules'][about['method']]}, F there "
@@ -99,8 +99,8 @@ def write_card(folder, tables) -> Path:
     text = [f"# {folder.name}: few-shot detector of calls", "", "Five calls of a recording in, all the others out. "
             "Positive and negative prototypes (`ssl-kit fewshot detect`).", "", "| | |", "| --- | --- |",
             *(f"| {what} | {value} |" for what, value in facts if value.strip(" ,`")), "", "## What it reaches", "",
-            about.get("tested_on", "Test soundscapes") + ". F in percent with 95 % intervals over recordings; `all` is "
-            "the harmonic mean over subsets.", "", results_table(_rows(tables / "methods.csv")), "",
+            about.get("tested_on", "Test soundscapes") + ". F in percent with 95 % intervals over recordings; `all` "
+            "is the harmonic mean over subsets.", "", results_table(_rows(tables / "methods.csv")), "",
             f"`prototypes` is this detector. Points of F, paired over recordings: {gains}.", "", "## Limits", "",
             about.get("limits", ""), "", "Validation by episode is in `history.json`.", ""]
     return write_text(folder / "README.md", "\n".join(text))
