@@ -203,7 +203,8 @@ def test_what_is_worse_than_the_median_is_pruned(tmp_path):
         return values["x"]
     plan = SearchPlan(n_surrogate=16, top_k=1, startup_trials=5, seed=1)
     storage = open_storage(f"sqlite:///{tmp_path}/s.db")
-    study = work(storage, "s", [{"x": float(x)} for x in (1, 2, 3, 4, 5, 9, 0, 9, 0.5)], {"x": Span(0, 10)}, train, plan)
+    wanted = [{"x": float(x)} for x in (1, 2, 3, 4, 5, 9, 0, 9, 0.5)]
+    study = work(storage, "s", wanted, {"x": Span(0, 10)}, train, plan)
     table = trial_table(study)
     assert table.state.tolist() == ["COMPLETE"] * 5 + ["PRUNED", "COMPLETE", "PRUNED", "COMPLETE"]
     assert table.reason[5] == "above the median at step 1"

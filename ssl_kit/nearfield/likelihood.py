@@ -18,7 +18,7 @@ from .scenes import SceneBatch
 
 # %% ../../nbs/nearfield/likelihood.ipynb #08492fb6
 def steering_tensors(angles: torch.Tensor, positions: torch.Tensor, wavelength_m: float) -> torch.Tensor:
-    """Exact steering and its derivatives by φ, θ (rad) and 1/r (1/m), complex (..., 4, N), in the precision of positions.
+    """Exact steering and its derivatives by φ, θ (rad) and 1/r (1/m), complex (..., 4, N), as precise as positions.
 
     angles float64 (..., 3): φ, θ, 1/r; positions (N, 3) in metres.
     """
@@ -193,7 +193,8 @@ def score_and_information(fit: Fit) -> tuple[torch.Tensor, torch.Tensor, torch.T
     value = -(inner.log_det + (inner.y_power - inner.explained) / noise)
     power = fit.log_power.exp()
     # bᴴC⁻¹ = P⁻¹T bᴴ, which does not cancel
-    below, per_scene = (inner.inverse / power[:, None, :, None]).to(w.dtype), noise.to(w.real.dtype)[:, None, None, None]
+    below = (inner.inverse / power[:, None, :, None]).to(w.dtype)
+    per_scene = noise.to(w.real.dtype)[:, None, None, None]
     gram = (w @ w.mH).mT  # Wᴴ W
     b_w = below @ gram[..., :k, :]  # bᴴ C⁻¹ W (scene, L, k, 4k)
     b_y = (th / power[:, None, :, None])[..., 0]
