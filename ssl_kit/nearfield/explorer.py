@@ -79,8 +79,8 @@ class SliceExplorer:
             raise ParameterError("factors: expected at least one covariance by name, found none")
         for name, factor in factors.items():
             if np.ndim(factor) != 3 or factor.shape[:2] != (len(batch), batch.surface.n_elements):
-                raise DataError(f"factors[{name!r}]: expected ({len(batch)}, {batch.surface.n_elements}, r), found shape "
-                                f"{np.shape(factor)}")
+                raise DataError(f"factors[{name!r}]: expected ({len(batch)}, {batch.surface.n_elements}, r), found "
+                                f"shape {np.shape(factor)}")
         self.batch, self.factors, self.grid = batch, dict(factors), grid or PlaneGrid(121, 61)
         self.ranges_m = SearchConfig(grid=self.grid, n_ranges=n_ranges).ranges_m
         self._slices: dict[tuple[int, str], np.ndarray] = {}

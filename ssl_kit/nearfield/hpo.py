@@ -312,16 +312,16 @@ def history_figure(result: SearchResult):
     rows = result.surrogate.sort_values("ticket").assign(best=lambda r: r.value.cummin())
     done = rows[rows.state == "COMPLETE"]
     fig, ax = new_figure(width="column", aspect=0.8)
-    ax.plot(done.ticket, done.value, "o", color=PALETTE[0], markersize=4, label="trial")
+    spread = max(np.quantile(done.value, 0.9) - done.value.min(), 1e-9)
+    top = done.value.min() + 1.6 * spread  # one wild value must not flatten the others: it is drawn at the edge
+    ax.plot(done.ticket, done.value.clip(upper=top), "o", color=PALETTE[0], markersize=4, label="trial")
     ax.plot(rows.ticket, rows.best.ffill(), "-", color=PALETTE[1], label="best so far", drawstyle="steps-post")
     favourite = done[done.value.isin(result.reranked.surrogate)]
     ax.plot(favourite.ticket, favourite.value, "o", color="none", markeredgecolor=PALETTE[4], markersize=9,
             label="favourite")
-    spread = np.quantile(done.value, 0.9) - done.value.min()
-    top = done.value.min() + 1.6 * max(spread, 1e-9)  # one wild value must not flatten the others
     pruned = rows[rows.state == "PRUNED"]
-    ax.plot(pruned.ticket, np.full(len(pruned), top), "x", color="0.45", markersize=5, label="pruned", clip_on=False)
-    ax.set(xlabel="trial", ylabel="surrogate objective", ylim=(done.value.min() - 0.15 * max(spread, 1e-9), top))
+    ax.plot(pruned.ticket, np.full(len(pruned), top), "x", color="0.45", markersize=5, label="pruned")
+    ax.set(xlabel="trial", ylabel="surrogate objective", ylim=(done.value.min() - 0.15 * spread, top + 0.1 * spread))
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     return fig, rows
 
