@@ -111,7 +111,8 @@ def bench_scenes(quick: bool = False) -> list[BenchResult]:
             function()
             cpu.append(count / (time.process_time() - begin))
     return [compare("scenes", n / plain.value_s, "scenes/s", "numpy, snapshot by snapshot", n / 4 / plain.peer_value_s,
-                    _SCENES_TARGET, "value", smaller_is_better=False, detail={"threads": 1, "scenes": n, "scenes_per_cpu_s": cpu[0]}),
+                    _SCENES_TARGET, "value", smaller_is_better=False,
+                    detail={"threads": 1, "scenes": n, "scenes_per_cpu_s": cpu[0]}),
             compare("scenes_als_lowrank", n_sampled / sampled.value_s, "scenes/s", "als_lowrank one by one",
                     n_sampled / 4 / sampled.peer_value_s, _SAMPLED_TARGET, "value", smaller_is_better=False,
                     detail={"threads": 1, "scenes": n_sampled, "scenes_per_cpu_s": cpu[1]})]
