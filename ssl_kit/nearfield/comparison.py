@@ -153,7 +153,8 @@ def compare_methods(batch: SceneBatch, methods: Sequence[str], tolerance: Tolera
                              "hit": bool(found), **dict(zip(_ERRORS, errors[k], strict=True)),
                              "phi_bound_deg": bounds.phi_deg[scene, k], "theta_bound_deg": bounds.theta_deg[scene, k],
                              "range_bound_m": bounds.range_m[scene, k], "xyz_bound_m": bounds.position_m[scene, k],
-                             "range_m": truth[k, 2], "separation_deg": apart[k], "n_found": len(estimate), "seconds": seconds})
+                             "range_m": truth[k, 2], "separation_deg": apart[k], "n_found": len(estimate),
+                             "seconds": seconds})
     return pd.DataFrame(rows)
 
 
