@@ -118,6 +118,7 @@ def check_together(folder, url, n=8):
     assert outputs[0][0] == outputs[1][0]  # the same winner
     study = optuna.load_study(study_name="study", storage=open_storage(url))
     each_ticket_once(study, n)
+    assert trial_table(study).x.nunique() == n
 
 
 def test_two_workers_on_sqlite_share_the_trials(tmp_path):
@@ -217,6 +218,7 @@ def test_the_favourites_are_judged_again_and_only_that_decides(tmp_path):
         asked.append(values)
         return -values["x"]  # wants what the surrogate likes least
     result = search(f"sqlite:///{tmp_path}/s.db", "s", {"x": Span(0, 4)}, lambda v, report: v["x"], end_to_end, plan)
+    assert result.surrogate.x.nunique() == 10  # nobody draws what another has drawn
     best = result.surrogate.sort_values("value").x.head(3).tolist()
     assert [v["x"] for v in asked] == best and result.best == {"x": max(best)}
     assert result.reranked.surrogate.tolist() == best

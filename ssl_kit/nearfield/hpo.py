@@ -211,6 +211,10 @@ def work(storage, name: str, wanted: list[dict], space: Space, train: Train, pla
             trial.set_user_attr("surplus", True)
             raise _Surplus
 
+        # each trial has a generator of its own: the draws of a ticket do not depend on who draws before
+        study.sampler = optuna.samplers.TPESampler(n_startup_trials=plan.startup_trials,
+                                                   seed=plan.seed * 100_003 + trial.number)
+
         def report(step: int, value: float) -> None:
             if not math.isfinite(value):
                 raise NonFiniteGradient(f"the metric is {value} at step {step}")
@@ -246,9 +250,6 @@ def work(storage, name: str, wanted: list[dict], space: Space, train: Train, pla
         if not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)):
             time.sleep(min(1.0, plan.heartbeat_s / 4))  # the others are at the last ones
             continue
-        n_trials = len(study.get_trials(deepcopy=False))
-        study.sampler = optuna.samplers.TPESampler(n_startup_trials=plan.startup_trials,
-                                                   seed=plan.seed * 100_003 + n_trials)
         study.optimize(objective, n_trials=1, catch=(_Surplus,))
         tell(f"{name}: {len(finished_tickets(study))} of {len(wanted)}")
 
