@@ -10,7 +10,7 @@ from ssl_kit.lab.errors import DataError, ParameterError
 from ssl_kit.nearfield.bounds import crb
 from ssl_kit.nearfield.detection import DetectorConfig, detect, gains_of_rounds
 from ssl_kit.nearfield.geometry import FieldOfView
-from ssl_kit.nearfield.likelihood import fit_of_scenes, log_likelihood, refine, score_and_information, seen_waves
+from ssl_kit.nearfield.likelihood import log_likelihood, refine, score_and_information, seen_waves, start_fit
 from ssl_kit.nearfield.metrics import evaluate, over_bound
 from ssl_kit.nearfield.nls_omp import joint_nls, nls_omp
 from ssl_kit.nearfield.scenes import SceneConfig, draw_scenes
@@ -20,7 +20,7 @@ EVEN = SceneConfig(path_gain=False, k_factor=(0.0, 0.0), snr_db=(10.0, 10.0))
 
 
 def at_truth(batch, k, log_power=-1.0):
-    fit = fit_of_scenes(batch, torch.complex128)
+    fit = start_fit(batch, torch.complex128)
     there = batch.sources[:, :k]
     return fit.changed(angles=torch.from_numpy(np.concatenate([there[..., :2], 1 / there[..., 2:]], -1)),
                        log_power=torch.full((len(batch), k), log_power, dtype=torch.float64))

@@ -104,11 +104,18 @@ def bench_scenes(quick: bool = False) -> list[BenchResult]:
         single = [batch[i] for i in range(n_sampled // 4)]
         sampled = measure_in_turn(lambda: als_lowrank(draw_scenes(config, 0, range(n_sampled))),
                                   lambda: [als_lowrank(one) for one in single], 2 if quick else 3)
+        cpu = []
+        for function, count in ((lambda: draw_scenes(config, 0, range(n)), n),
+                                (lambda: als_lowrank(draw_scenes(config, 0, range(n_sampled))), n_sampled)):
+            begin = time.process_time()
+            function()
+            cpu.append(count / (time.process_time() - begin))
     return [compare("scenes", n / plain.value_s, "scenes/s", "numpy, snapshot by snapshot", n / 4 / plain.peer_value_s,
-                    _SCENES_TARGET, "value", smaller_is_better=False, detail={"threads": 1, "scenes": n}),
+                    _SCENES_TARGET, "value", smaller_is_better=False,
+                    detail={"threads": 1, "scenes": n, "scenes_per_cpu_s": cpu[0]}),
             compare("scenes_als_lowrank", n_sampled / sampled.value_s, "scenes/s", "als_lowrank one by one",
                     n_sampled / 4 / sampled.peer_value_s, _SAMPLED_TARGET, "value", smaller_is_better=False,
-                    detail={"threads": 1, "scenes": n_sampled})]
+                    detail={"threads": 1, "scenes": n_sampled, "scenes_per_cpu_s": cpu[1]})]
 
 # %% ../../nbs/nearfield/bench.ipynb #20dfdcbd
 _SPEEDUP = 20.0
