@@ -79,9 +79,13 @@ def load_checkpoint(folder) -> tuple[torch.nn.Module, dict]:
 
 
 def shipped_checkpoint(name: str) -> Path:
-    "Folder of a checkpoint that comes with the kit; MissingDataError with the names of those that do."
+    """Folder of a checkpoint that comes with the kit, or `name` itself where it is the path of a folder with one.
+
+    MissingDataError with the names of those that come with the kit."""
     shelf = Path(str(resources.files("ssl_kit") / "assets" / "checkpoints"))
-    if not (shelf / name / "config.json").is_file():
-        there = sorted(path.parent.name for path in shelf.glob("nearfield*/config.json"))
-        raise MissingDataError(f"checkpoint {name!r}: expected one of {', '.join(there) or 'none, so far'}")
-    return shelf / name
+    for folder in (shelf / name, Path(name)):
+        if (folder / "config.json").is_file():
+            return folder
+    there = sorted(path.parent.name for path in shelf.glob("nearfield*/config.json"))
+    raise MissingDataError(f"checkpoint {name!r}: expected one of {', '.join(there) or 'none, so far'}, or a folder with "
+                           "model.safetensors and config.json")

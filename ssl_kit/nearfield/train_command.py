@@ -116,8 +116,7 @@ def make_refiner_parts(recipe: NearfieldRecipe, backbone: str) -> dict:
     from ssl_kit.nearfield.refiner_training import MapStream, RefinerTask, RefinerValidation
     from ssl_kit.nearfield.training import StreamConfig
 
-    folder = Path(backbone) if (Path(backbone) / "config.json").is_file() else shipped_checkpoint(backbone)
-    network, config = load_checkpoint(folder)
+    network, config = load_checkpoint(shipped_checkpoint(backbone))
     # scenes that the backbone was not trained on: its maps of those would be better than it is
     stream = StreamConfig(batch_size=recipe.batch_size, steps=recipe.steps, seed=recipe.seed + 500_000)
     return {"task": RefinerTask(), "stream": MapStream(network, None, stream, config["sha256"][:16]),
