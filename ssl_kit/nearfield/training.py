@@ -128,11 +128,15 @@ class GradientGuard:
         if not bad and bool(torch.isfinite(loss)):
             self.last_loss = float(loss.detach())
             return _Given.apply(loss.detach(), gradients, *[p for _, p in named])
-        self.skipped.append(bad[0] if bad else "loss")
+        return self.leave_out(bad or ["loss"])
+
+    def leave_out(self, where: list[str]) -> torch.Tensor:
+        "A loss without gradients, for a step that has none that are finite; `where`: parameters, or what else it was."
+        self.skipped.append(where[0])
         if len(self.skipped) > self.limit:
             raise ParameterError(f"training: {len(self.skipped)} steps without a finite gradient, the last of them in "
-                                 f"{', '.join(bad[:3]) or 'the loss alone'}; lower the learning rate, or look at the "
-                                 f"weight of the losses that were switched on last")
+                                 f"{', '.join(where[:3])}; lower the learning rate, or look at the weight of the losses "
+                                 f"that were switched on last")
         return torch.full((), self.last_loss) + torch.zeros((), requires_grad=True)
 
 # %% ../../nbs/nearfield/training.ipynb #e86360c9
@@ -190,9 +194,12 @@ class NearfieldTask:
         without the loop's wrapper: in its precision, but on one device."""
         weights, plain = phase_weights("joint" if int(prepared[4]) else "warm-up"), getattr(network, "module", network)
         precision = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(loop.choose_precision(training.precision))
-        with torch.autocast(prepared[1].device.type, precision, enabled=precision is not None):
-            sightings = plain(prepared[0])
-        total = sum(getattr(weights, name) * part for name, part in self.parts(sightings, prepared).items())
+        try:
+            with torch.autocast(prepared[1].device.type, precision, enabled=precision is not None):
+                sightings = plain(prepared[0])
+            total = sum(getattr(weights, name) * part for name, part in self.parts(sightings, prepared).items())
+        except torch.linalg.LinAlgError as error:  # a matrix with NaN has no factorization: no gradient either
+            return self.guard.leave_out([f"the forward pass ({str(error).split(':')[0]})"])
         return self.guard(total, plain)
 
 # %% ../../nbs/nearfield/training.ipynb #5cbd1995
