@@ -64,7 +64,8 @@ def load_checkpoint(folder) -> tuple[torch.nn.Module, dict]:
         about = read_json(config)
         network, expected = _made(about["kind"], about["model"]), about["sha256"]
     except (ParameterError, DataError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{config}: expected the configuration of a near-field network, found {error!r}") from error
+        raise CheckpointError(f"{config}: expected the configuration of a near-field network, found "
+                              f"{error!r}") from error
     found = sha256_file(weights)
     if found != expected:
         raise CheckpointError(f"{weights}: expected sha256 {expected[:12]}…, found {found[:12]}…; truncated, or not "
@@ -86,5 +87,5 @@ def shipped_checkpoint(name: str) -> Path:
         if (folder / "config.json").is_file():
             return folder
     there = sorted(path.parent.name for path in shelf.glob("nearfield*/config.json"))
-    raise MissingDataError(f"checkpoint {name!r}: expected one of {', '.join(there) or 'none, so far'}, or a folder with "
-                           "model.safetensors and config.json")
+    raise MissingDataError(f"checkpoint {name!r}: expected one of {', '.join(there) or 'none, so far'}, or a folder "
+                           "with model.safetensors and config.json")
