@@ -25,7 +25,7 @@ from .search import SearchConfig
 from .training import blended_factor, predicted_factor, sight
 
 # %% ../../nbs/nearfield/learned.ipynb #818be9dc
-def refined_sighting(batch: SceneBatch, seen: Sighting, network: Backbone, iterations: int = 5,
+def refined_sighting(batch: SceneBatch, seen: Sighting, network: Backbone, iterations: int = 8,
                      least_probability: float = 0.1) -> Sighting:
     "The same candidates after Fisher scoring of all that are likely enough; the others are as they were."
     with torch.no_grad():

@@ -171,15 +171,17 @@ def _about(args, recipe: NearfieldRecipe, network, history: list[dict], shown: d
     losses = f"warm-up: {weights('warm-up')}; joint: {weights('joint')}" if args.network == "backbone" else \
         f"{weights('refiner')} (focal, α 0.25, γ 2)"
     seen = shown["step"] * recipe.batch_size
-    data = (f"{seen:,} distinct simulated scenes, 1 to 5 sources, -5 to 20 dB, exact waves, half with path gains and a Rician factor of 0.5 to 10, half with equal strengths and a factor of 0 to "
-            "10; five batches of eight with DFT codes, the others random, Hadamard or mixed, 3 bits")
+    data = (f"{seen:,} distinct simulated scenes, 1 to 5 sources, -5 to 20 dB, exact waves, half with path gains and a "
+            "Rician factor of 0.5 to 10, half with equal strengths and a factor of 0 to 10; five batches of eight with "
+            "DFT codes, the others random, Hadamard or mixed, 3 bits")
     where = torch.cuda.get_device_name(0) if torch.cuda.is_available() and args.device != "cpu" else \
         f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores"
     return {"network": args.network, "scenes": seen, "of": recipe.scenes, "data": data,
             "steps": shown["step"],
             "steps_text": f"{shown['step']:,} of {recipe.steps:,} of {recipe.batch_size} scenes; AdamW, peak learning "
                           f"rate {recipe.learning_rate:g}, constant and then linear to zero over the last 30 %; "
-                          "exponential average of the weights; the epoch with the best end-to-end figure on validation scenes",
+                          "exponential average of the weights; the epoch with the best end-to-end figure on "
+                          "validation scenes",
             "losses": losses, "seed": recipe.seed, "parameters": sum(p.numel() for p in network.parameters()),
             "seconds": sum(row["seconds"] for row in history), "hardware": where,
             "command": training_command(args, recipe),
