@@ -76,7 +76,7 @@ def _atoms(grid: Grid) -> torch.Tensor:
 
 # %% ../../nbs/nearfield/beamspace.ipynb #bf132133
 def plane_and_curvature(angles: torch.Tensor, surface: Surface) -> tuple[torch.Tensor, torch.Tensor]:
-    """a_∠ and a_r, complex64 (..., N) each, of places (..., 3): φ rad, θ rad, 1/r; their product is the exact steering."""
+    "a_∠ and a_r, complex64 (..., N) each, of places (..., 3): φ rad, θ rad, 1/r; their product is the exact wave."
     angles = angles.float()
     q = torch.from_numpy(surface.positions_m).float().to(angles.device)
     phi, theta, w = angles.unbind(-1)

@@ -15,14 +15,15 @@ from ..lab.files import read_json, write_text
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/nearfield/cards.ipynb #b74ba814
-_TITLES = {"nearfield_backbone": ("Near-field backbone: sources and covariance from 16 coded snapshots",
-                                  "A transformer over snapshots and a convolutional detector on a grid over sin φ, sin θ "
-                                  "and 1/r, in passes; what a pass found is whitened away before the next looks. It gives "
-                                  "candidates (φ, θ, r) with probabilities and powers, and factors of the covariance."),
-           "nearfield_refiner": ("Spectrum refiner: where the sources of a Capon map are",
-                                 "A U-Net that turns a Capon map in dB into a map of sources from 0 to 1. Used only where "
-                                 "the guardrail has nothing against it.")}
+# %% ../../nbs/nearfield/cards.ipynb #fd88c929
+_TITLES = {
+    "nearfield_backbone": ("Near-field backbone: sources and covariance from 16 coded snapshots",
+                           "A transformer over snapshots and a convolutional detector on a grid over sin φ, sin θ and "
+                           "1/r, in passes; what a pass found is whitened away before the next looks. It gives "
+                           "candidates (φ, θ, r) with probabilities and powers, and factors of the covariance."),
+    "nearfield_refiner": ("Spectrum refiner: where the sources of a Capon map are",
+                          "A U-Net that turns a Capon map in dB into a map of sources from 0 to 1. Used only where the "
+                          "guardrail has nothing against it.")}
 
 
 def model_card(folder, tables: "dict[str, pd.DataFrame] | None" = None, limits: str = "") -> str:
@@ -40,7 +41,8 @@ def model_card(folder, tables: "dict[str, pd.DataFrame] | None" = None, limits: 
     rows = [("architecture", f"{about.get('parameters', 0):,} parameters, {size / 1e6:.1f} MB"),
             ("trained on", about.get("data", "")), ("steps", about.get("steps_text", "")),
             ("losses", about.get("losses", "")), ("seed", str(about.get("seed", ""))),
-            ("where", f"{about['hardware']}, {about.get('seconds', 0) / 60:.0f} minutes" if "hardware" in about else ""),
+            ("where", f"{about['hardware']}, {about.get('seconds', 0) / 60:.0f} minutes" if "hardware" in about
+             else ""),
             ("to make it again", f"`{about['command']}`" if "command" in about else ""),
             ("licence", "the weights: MIT, as the kit")]
     lines = [f"# {title}", "", what, "", "| | |", "| --- | --- |"] + [f"| {k} | {v} |" for k, v in rows if v]
@@ -56,7 +58,8 @@ def model_card(folder, tables: "dict[str, pd.DataFrame] | None" = None, limits: 
 def _markdown(table: "pd.DataFrame") -> str:
     rows = [[f"{value:.3f}" if isinstance(value, float) else str(value) for value in row]
             for row in table.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [list(map(str, table.columns)), ["---"] * len(table.columns), *rows])
+    head = [list(map(str, table.columns)), ["---"] * len(table.columns)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in head + rows)
 
 
 def write_card(folder, tables: "dict[str, pd.DataFrame] | None" = None, limits: str = "") -> Path:

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['save_checkpoint', 'load_checkpoint', 'shipped_checkpoint']
 
-# %% ../../nbs/nearfield/checkpoints.ipynb #74742fa5
-import json
+# %% ../../nbs/nearfield/checkpoints.ipynb #a31124cf
 from importlib import resources
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from ..lab.errors import CheckpointError, MissingDataError, ParameterError
+from ..lab.errors import CheckpointError, DataError, MissingDataError, ParameterError
 from ..lab.files import read_json, sha256_file, write_bytes, write_json
 from .backbone import Backbone, BackboneConfig
 from .refiner import SpectrumRefiner
@@ -64,8 +63,9 @@ def load_checkpoint(folder) -> tuple[torch.nn.Module, dict]:
     try:
         about = read_json(config)
         network, expected = _made(about["kind"], about["model"]), about["sha256"]
-    except (ParameterError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{config}: expected the configuration of a near-field network, found {error!r}") from error
+    except (ParameterError, DataError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{config}: expected the configuration of a near-field network, found "
+                              f"{error!r}") from error
     found = sha256_file(weights)
     if found != expected:
         raise CheckpointError(f"{weights}: expected sha256 {expected[:12]}…, found {found[:12]}…; truncated, or not "
@@ -79,9 +79,13 @@ def load_checkpoint(folder) -> tuple[torch.nn.Module, dict]:
 
 
 def shipped_checkpoint(name: str) -> Path:
-    "Folder of a checkpoint that comes with the kit; MissingDataError with the names of those that do."
+    """Folder of a checkpoint that comes with the kit, or `name` itself where it is the path of a folder with one.
+
+    MissingDataError with the names of those that come with the kit."""
     shelf = Path(str(resources.files("ssl_kit") / "assets" / "checkpoints"))
-    if not (shelf / name / "config.json").is_file():
-        there = sorted(path.parent.name for path in shelf.glob("nearfield*/config.json"))
-        raise MissingDataError(f"checkpoint {name!r}: expected one of {', '.join(there) or 'none, so far'}")
-    return shelf / name
+    for folder in (shelf / name, Path(name)):
+        if (folder / "config.json").is_file():
+            return folder
+    there = sorted(path.parent.name for path in shelf.glob("nearfield*/config.json"))
+    raise MissingDataError(f"checkpoint {name!r}: expected one of {', '.join(there) or 'none, so far'}, or a folder "
+                           "with model.safetensors and config.json")

@@ -49,9 +49,11 @@ def guarded_estimate(map_db: np.ndarray, range_m: np.ndarray, sharp: np.ndarray 
     """Sources of the refined map when nothing speaks against it, else of the plain one; `path` says which and why.
 
     map_db: plain spectrum in dB, range_m: range of each direction, sharp: the refined map, values from 0 to 1, or
-    None, all (φ, θ). `how` goes to `estimate_from_map`. A refined map chooses directions alone: ranges stay those of the plain search.
+    None, all (φ, θ). `how` goes to `estimate_from_map`. A refined map chooses directions alone: ranges stay those of
+    the plain search.
     """
     reason = "no refiner" if sharp is None else objection(sharp, guardrail)
     if reason is not None:
         return estimate_from_map(map_db, range_m, config, path=f"plain: {reason}", **how)
-    return estimate_from_map(10 * np.log10(np.maximum(sharp, 1e-4)), range_m, config, path="refined", **how)
+    sharp_db = 10 * np.log10(np.maximum(sharp, 1e-4))
+    return estimate_from_map(sharp_db, range_m, config, path="refined", **how)

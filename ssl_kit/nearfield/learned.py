@@ -16,7 +16,7 @@ from .backbone import Backbone, Sighting
 from .comparison import on_covariance
 from .covariance import effective_covariance, effective_factor
 from .detection import Estimate
-from .likelihood import refine
+from .likelihood import Fit, refine
 from .metrics import evaluate
 from .proposals import detect_both, detect_proposed, fits_of
 from .sample_covariance import als_lowrank
@@ -25,7 +25,7 @@ from .search import SearchConfig
 from .training import blended_factor, predicted_factor, sight
 
 # %% ../../nbs/nearfield/learned.ipynb #818be9dc
-def refined_sighting(batch: SceneBatch, seen: Sighting, network: Backbone, iterations: int = 5,
+def refined_sighting(batch: SceneBatch, seen: Sighting, network: Backbone, iterations: int = 8,
                      least_probability: float = 0.1) -> Sighting:
     "The same candidates after Fisher scoring of all that are likely enough; the others are as they were."
     with torch.no_grad():
@@ -34,8 +34,8 @@ def refined_sighting(batch: SceneBatch, seen: Sighting, network: Backbone, itera
         fits = fits_of(batch, seen, likely)
         for k in sorted({int(n) for n in likely.sum(1)} - {0}):
             rows = [row for row in range(len(fits)) if fits[row].angles.shape[1] == k]
-            fit, _ = refine(type(fits[0]).stacked([fits[row] for row in rows]), network.config.grid.field_of_view, iterations,
-                            1.0)
+            together = Fit.stacked([fits[row] for row in rows])
+            fit, _ = refine(together, network.config.grid.field_of_view, iterations, 1.0)
             strength = torch.from_numpy((np.abs(batch.channel[rows]) ** 2).sum(axis=(1, 2)))
             for i, row in enumerate(rows):
                 angles[row, likely[row]] = fit.angles[i].float()
@@ -64,16 +64,17 @@ def gap_share(sampled: float, hybrid: float, true: float) -> float:
 
 def searched(batch: SceneBatch, factor: np.ndarray, config: SearchConfig | None = None) -> dict[str, float]:
     "Figures of a Capon search on factors (scene, N, r)."
-    return evaluate([batch.truth(i) for i in range(len(batch))], [e.sources for e in on_covariance(batch, factor, config)])
+    found = on_covariance(batch, factor, config)
+    return evaluate([batch.truth(i) for i in range(len(batch))], [e.sources for e in found])
 
 
 def audited_paths(predicted: np.ndarray, sampled: np.ndarray, beta: float, snr_db: np.ndarray,
                   shrink: bool) -> dict[str, np.ndarray]:
     """Every way in which a blended covariance comes about, (scene, N, N): "validation" (dense, NumPy), "training"
     (tensors), "search" (factors), "single precision"."""
-    r_pred, r_samp = (f.astype(np.complex128) @ f.conj().swapaxes(1, 2).astype(np.complex128) for f in (predicted, sampled))
     options = dict(beta=beta, snr_db=snr_db, shrink=shrink)
     wide = (predicted.astype(np.complex128), sampled.astype(np.complex128))
+    r_pred, r_samp = (f @ f.conj().swapaxes(1, 2) for f in wide)
     low, delta = effective_factor(wide[0], wide[1] if beta else None, **options)
     sample = r_samp if beta else None
     tensors = [None if r is None else torch.from_numpy(r) for r in (r_pred, sample)]

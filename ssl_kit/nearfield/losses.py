@@ -36,8 +36,8 @@ class LossWeights:
 
 PHASES = {
     "warm-up": LossWeights(centres=1.0, offsets=1.0, covariance=0.2, subspace=0.3),
-    "joint": LossWeights(centres=1.0, offsets=1.0, blended=0.2, covariance=0.1, aux_angle=0.8, aux_range=0.4, subspace=0.3,
-                         orthogonality=0.01),
+    "joint": LossWeights(centres=1.0, offsets=1.0, blended=0.2, covariance=0.1, aux_angle=0.8, aux_range=0.4,
+                         subspace=0.3, orthogonality=0.01),
     "refiner": LossWeights(heatmap=1.0),
 }
 

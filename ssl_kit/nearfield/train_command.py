@@ -53,7 +53,7 @@ _NUMBERS = {"scenes": int, "steps": int, "batch_size": int, "epoch_steps": int, 
 
 def add_train_nearfield_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of the command that trains near-field networks."
-    parser.description = "Draw scenes, train a near-field network, write a checkpoint; interrupted, the same command goes on."
+    parser.description = "Draw scenes, train a near-field network, write a checkpoint; the same command goes on."
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _EXAMPLE
     parser.add_argument("network", choices=sorted(RECIPES), help="which network")
     parser.add_argument("folder", help="training and checkpoint are kept here")
@@ -116,8 +116,7 @@ def make_refiner_parts(recipe: NearfieldRecipe, backbone: str) -> dict:
     from ssl_kit.nearfield.refiner_training import MapStream, RefinerTask, RefinerValidation
     from ssl_kit.nearfield.training import StreamConfig
 
-    folder = Path(backbone) if (Path(backbone) / "config.json").is_file() else shipped_checkpoint(backbone)
-    network, config = load_checkpoint(folder)
+    network, config = load_checkpoint(shipped_checkpoint(backbone))
     # scenes that the backbone was not trained on: its maps of those would be better than it is
     stream = StreamConfig(batch_size=recipe.batch_size, steps=recipe.steps, seed=recipe.seed + 500_000)
     return {"task": RefinerTask(), "stream": MapStream(network, None, stream, config["sha256"][:16]),
@@ -154,6 +153,9 @@ def run_train_nearfield(args: argparse.Namespace) -> int:
     return 0 if done else 3
 
 
+_SHOWN = ("valid_rmse_xyz_m", "objective", "refined_share")
+
+
 def _about(args, recipe: NearfieldRecipe, network, history: list[dict], shown: dict) -> dict:
     "What the card says."
     import os
@@ -163,22 +165,25 @@ def _about(args, recipe: NearfieldRecipe, network, history: list[dict], shown: d
     from ssl_kit.nearfield.losses import PHASES
 
     def weights(phase: str) -> str:
-        return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in vars(PHASES[phase]).items() if value)
+        there = {name: value for name, value in vars(PHASES[phase]).items() if value}
+        return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in there.items())
 
     losses = f"warm-up: {weights('warm-up')}; joint: {weights('joint')}" if args.network == "backbone" else \
         f"{weights('refiner')} (focal, α 0.25, γ 2)"
-    data = (f"{shown['step'] * recipe.batch_size:,} distinct simulated scenes, 1 to 5 sources, -5 to 20 dB, exact waves, "
-            "half with path gains and a Rician factor of 0.5 to 10, half with equal strengths and a factor of 0 to 10; "
-            "five batches of eight with DFT codes, the others random, Hadamard or mixed, 3 bits")
+    seen = shown["step"] * recipe.batch_size
+    data = (f"{seen:,} distinct simulated scenes, 1 to 5 sources, -5 to 20 dB, exact waves, half with path gains and a "
+            "Rician factor of 0.5 to 10, half with equal strengths and a factor of 0 to 10; five batches of eight with "
+            "DFT codes, the others random, Hadamard or mixed, 3 bits")
     where = torch.cuda.get_device_name(0) if torch.cuda.is_available() and args.device != "cpu" else \
         f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores"
-    return {"network": args.network, "scenes": shown["step"] * recipe.batch_size, "of": recipe.scenes, "data": data,
+    return {"network": args.network, "scenes": seen, "of": recipe.scenes, "data": data,
             "steps": shown["step"],
-            "steps_text": f"{shown['step']:,} of {recipe.steps:,} of {recipe.batch_size} scenes; AdamW, peak learning rate "
-                          f"{recipe.learning_rate:g}, constant and then linear to zero over the last 30 %; exponential "
-                          "average of the weights; the epoch with the best end-to-end figure on validation scenes",
+            "steps_text": f"{shown['step']:,} of {recipe.steps:,} of {recipe.batch_size} scenes; AdamW, peak learning "
+                          f"rate {recipe.learning_rate:g}, constant and then linear to zero over the last 30 %; "
+                          "exponential average of the weights; the epoch with the best end-to-end figure on "
+                          "validation scenes",
             "losses": losses, "seed": recipe.seed, "parameters": sum(p.numel() for p in network.parameters()),
             "seconds": sum(row["seconds"] for row in history), "hardware": where,
             "command": training_command(args, recipe),
             "validation": {name: value for name, value in shown.items()
-                           if name.startswith("valid_f1") or name in ("valid_rmse_xyz_m", "objective", "refined_share")}}
+                           if name.startswith("valid_f1") or name in _SHOWN}}
