@@ -39,6 +39,7 @@ COMMANDS = {
     "enhance": ("ssl_kit.enhance.command", "take noise from recordings of speech, files and folders of them"),
     "export-enhance": ("ssl_kit.enhance.onnx_export", "write an enhancement network as ONNX"),
     "demo": ("ssl_kit.apps.demo", "a page: a noisy recording in, an enhanced one out, to hear and to compare"),
+    "train-nearfield": ("ssl_kit.nearfield.train_command", "train a near-field network on simulated scenes"),
     "fewshot": ("ssl_kit.fewshot.command", "five calls in, all the others of the recording out"),
     "completion": ("ssl_kit.lab.completion", "print a script that completes commands and options in a shell"),
     "doctor": ("ssl_kit.lab.doctor", "say whether this machine is ready, and what is missing"),
