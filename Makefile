@@ -1,6 +1,6 @@
 # Each command sets up what it needs; the second call skips the set-up.
 #   make study    the whole study on embedded data: figures/, a table, a report
-#   make test     export in sync, notebooks, every stage at profile ci, pytest
+#   make test     export in sync, notebooks, every stage at profile ci beside pytest
 #   make lab      JupyterLab          make docs     the site, into site/
 #   make check    export in sync, notebooks clean, README in sync, ruff
 #   make setup    the environment     make readme   README.md from nbs/index.ipynb
@@ -58,8 +58,10 @@ study: setup
 test: setup
 	@$(MAKE) check
 	@$(MAKE) notebooks
-	@$(MAKE) stages
-	@$(QUIET) $(ONE_THREAD) python -m pytest
+	@stages= && log=$$(mktemp) && trap '[ -z "$$stages" ] || kill $$stages 2>/dev/null || true; rm -f "$$log"' EXIT && echo "stages: at profile ci, beside pytest" && \
+	  { $(MAKE) stages >"$$log" 2>&1 & } && stages=$$! && code=0 && \
+	  { $(QUIET) $(ONE_THREAD) python -m pytest || code=$$?; } && \
+	  { wait $$stages || { cat "$$log" >&2; echo "make test: a stage failed, see above" >&2; code=1; }; } && exit $$code
 
 # Stages are no tests: they run as stages, below.
 notebooks: setup
