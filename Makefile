@@ -58,7 +58,8 @@ study: setup
 test: setup
 	@$(MAKE) check
 	@$(MAKE) notebooks
-	@stages= && log=$$(mktemp) && trap '[ -z "$$stages" ] || kill $$stages 2>/dev/null || true; rm -f "$$log"' EXIT && echo "stages: at profile ci, beside pytest" && \
+	@stages= && log=$$(mktemp) && trap '[ -z "$$stages" ] || kill $$stages 2>/dev/null || true; rm -f "$$log"' EXIT && \
+	  echo "stages: at profile ci, beside pytest" && \
 	  { $(MAKE) stages >"$$log" 2>&1 & } && stages=$$! && code=0 && \
 	  { $(QUIET) $(ONE_THREAD) python -m pytest || code=$$?; } && \
 	  { wait $$stages || { cat "$$log" >&2; echo "make test: a stage failed, see above" >&2; code=1; }; } && exit $$code
