@@ -188,16 +188,28 @@ def _read_checkpoint(path: Path, files: dict[str, bytes], load: Callable):
         return load(folder)
 
 
-@lru_cache(1)
-def _localizer() -> dict[str, bytes]:
-    folder = ROOT / "ssl_kit" / "assets" / "checkpoints" / "crnn_6cm"
-    return {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
-
-
 def _read_localizer(path: Path):
     from ssl_kit.localize.checkpoints import load_checkpoint
 
-    return _read_checkpoint(path, _localizer(), load_checkpoint)
+    return _read_checkpoint(path, _shipped("crnn_6cm"), load_checkpoint)
+
+
+@lru_cache(4)
+def _shipped(name: str) -> dict[str, bytes]:
+    folder = ROOT / "ssl_kit" / "assets" / "checkpoints" / name
+    return {file: (folder / file).read_bytes() for file in ("config.json", "model.safetensors")}
+
+
+def _read_nearfield(path: Path):
+    from ssl_kit.nearfield.checkpoints import load_checkpoint
+
+    return _read_checkpoint(path, _shipped("nearfield_refiner"), load_checkpoint)
+
+
+def _read_encoder(path: Path):
+    from ssl_kit.fewshot.training import load_encoder
+
+    return _read_checkpoint(path, _shipped("fewshot_v1"), load_encoder)
 
 
 def _shards() -> list[bytes]:
@@ -281,7 +293,11 @@ TARGETS = (
     Target("test set", "set.csv", _test_sets, _read_test_set),
     Target("checkpoint, configuration", "config.json", lambda: [_enhancer()["config.json"]], _read_enhancer),
     Target("checkpoint, weights", "model.safetensors", lambda: [_enhancer()["model.safetensors"]], _read_enhancer),
-    Target("localizer, configuration", "config.json", lambda: [_localizer()["config.json"]], _read_localizer),
+    Target("localizer, configuration", "config.json", lambda: [_shipped("crnn_6cm")["config.json"]], _read_localizer),
+    Target("near-field network, configuration", "config.json",
+           lambda: [_shipped("nearfield_refiner")["config.json"]], _read_nearfield),
+    Target("few-shot encoder, configuration", "config.json",
+           lambda: [_shipped("fewshot_v1")["config.json"]], _read_encoder),
     Target("shard", "shard.npz", _shards, _read_shard),
     Target("bank", "bank.npz", _banks, _read_bank),
     Target("stage notebook", "stage.ipynb", _notebooks, _read_notebook),

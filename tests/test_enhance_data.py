@@ -458,3 +458,19 @@ def test_rooms_are_refused_where_they_cannot_be():
         MixConfig(t60_s=(0.0, 0.5))
     with pytest.raises(ParameterError, match="room_share"):
         DeviceMixtures(Pools(tones(1), tones(1), ("a",), ("b",)), MixConfig(16000, 2, room_share=0.5))
+
+
+def test_noise_has_speeds_of_its_own_and_runs_backwards():
+    pools = load_pools("train", "embedded", speeds=(1,), noise_speeds=(0.5, 2))
+    assert {name.split("@")[1] for name in pools.speech_names} == {"1"}
+    assert {name.split("@")[1] for name in pools.noise_names} == {"0.5", "2"}
+    ramp = np.arange(1, 4001, dtype=np.int16)
+    alone = Pools((pools.speech[0],), (ramp,), ("speech",), ("ramp",))
+    quiet = dict(n_samples=2000, batch_size=1, second_noise_share=0.0, filter_share=0.0)
+    for share, sign in ((0.0, 1), (1.0, -1)):
+        noise = EnhanceMixtures(alone, MixConfig(**quiet, reverse_share=share))._noise(np.random.default_rng(0))
+        assert np.median(np.diff(noise)) == sign
+    with pytest.raises(ParameterError, match="noise_speeds"):
+        load_pools("train", "embedded", noise_speeds=(3,))
+    with pytest.raises(ParameterError, match="reverse_share"):
+        DeviceMixtures(alone, MixConfig(**quiet, reverse_share=0.5))

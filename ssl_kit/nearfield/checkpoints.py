@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from ..lab.errors import CheckpointError, DataError, MissingDataError, ParameterError
+from ..lab.errors import CheckpointError, MissingDataError, ParameterError
 from ..lab.files import read_json, sha256_file, write_bytes, write_json
 from .backbone import Backbone, BackboneConfig
 from .refiner import SpectrumRefiner
@@ -63,7 +63,7 @@ def load_checkpoint(folder) -> tuple[torch.nn.Module, dict]:
     try:
         about = read_json(config)
         network, expected = _made(about["kind"], about["model"]), about["sha256"]
-    except (ParameterError, DataError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{config}: expected the configuration of a near-field network, found "
                               f"{error!r}") from error
     found = sha256_file(weights)
