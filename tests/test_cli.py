@@ -34,7 +34,7 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.delenv("SSL_KIT_RUN_DIR", raising=False)
     monkeypatch.delenv("SSL_KIT_DATA", raising=False)
 
-    def execute(notebook, run_dir, values, environment):
+    def execute(notebook, run_dir, values, environment, kill=None):
         if values.get("fail"):
             raise StageFailure("cell 4 failed with ValueError: told to fail")
         value = float(values["seed"] + values.get("n_steps", 0))

@@ -36,7 +36,8 @@ def planned_toy(*pairs, profile="quick"):
 
 def start_command(*arguments):
     """`ssl-kit` in a process of its own."""
-    code = "import sys; from ssl_kit.lab.cli import main; sys.exit(main())"
+    code = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # not as a shell's "&" has it
+            "from ssl_kit.lab.cli import main; sys.exit(main())")
     return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True)
 
@@ -62,7 +63,7 @@ def executed(monkeypatch):
     """Executions without a kernel: what a stage would leave, and a list of the parameters it got."""
     calls = []
 
-    def execute(notebook, run_dir, values, environment):
+    def execute(notebook, run_dir, values, environment, kill=None):
         calls.append(dict(values))
         write_json(run_dir / "metrics.json", {"headline": [{"label": "n", "value": len(calls)}]})
         return 2**20
@@ -268,24 +269,117 @@ def test_ctrl_c_marks_the_run_and_passes_on(lab, monkeypatch, request):
     assert planned_toy().run.state == "interrupted"
 
 
-def test_the_bar_goes_by_the_clock_and_shows_the_stages_own_line(tmp_path):
+def test_the_bar_goes_by_the_clock_and_shows_the_stages_own_line(lab):
     from io import StringIO
 
     from tqdm.std import tqdm
 
     from ssl_kit.lab.progress import PROGRESS_FILE
-    from ssl_kit.lab.study import _ticking
+    from ssl_kit.lab.study import _AtWork, _show
 
-    shown = StringIO()
-    (tmp_path / PROGRESS_FILE).write_text("epoch 3/8")
-    with tqdm(total=12, file=shown, ncols=100) as bar:
-        bar.update(2)
-        with _ticking(bar, tmp_path, weight=10, period_s=0.02):
-            wait_for(lambda: bar.n >= 4)
-        assert bar.n == 12
-        with _ticking(bar, tmp_path, weight=0, period_s=0.02):
-            pass  # a run that was there
-    assert "epoch 3/8" in shown.getvalue()
+    shown, planned = StringIO(), planned_toy()
+    planned.folder.mkdir(parents=True)
+    (planned.folder / PROGRESS_FILE).write_text("epoch 3/8")
+    with tqdm(total=130, file=shown, ncols=100) as bar:
+        _show(bar, [_AtWork(planned, 100, time.monotonic() - 4)], 30, 1, 3)
+        assert bar.n == 70
+        _show(bar, [_AtWork(planned, 100, time.monotonic() - 60)], 30, 1, 3)
+        assert bar.n == 125  # nobody knows that it is done before it is
+        _show(bar, [], 130, 3, 3)
+        assert bar.n == 130
+    assert "epoch 3/8" in shown.getvalue() and "toy (2/3)" in shown.getvalue()
+
+
+def write_four(lab):
+    """Stages short -> after, long -> last, and one that measures time; a plan of them and the toy."""
+    for name, stage in (("short", "needs=[]"), ("after", "needs=['short']"), ("long", "needs=[]"),
+                        ("last", "needs=['long']"), ("timed", "needs=[], alone=True")):
+        write_stage(lab / "stages", name, f"dict(title='{name}', {stage})")
+    return plan(list_stages(), "quick", ())
+
+
+def test_which_stage_is_next(lab):
+    from ssl_kit.lab.study import _ways, next_stage
+
+    planned = write_four(lab)
+    weights = {"short": 1, "after": 2, "long": 10, "last": 50, "timed": 900, "toy": 5}
+    ways = _ways(planned, weights)
+    assert ways == {"short": 3, "after": 2, "long": 60, "last": 50, "timed": 900, "toy": 5}
+    assert next_stage(planned, [], [], ways) == "long"  # the longest way, but for the one that wants to be alone
+    assert next_stage(planned, [], ["long"], ways) == "toy"
+    assert next_stage(planned, ["long"], ["toy"], ways) == "last"
+    rest = ["long", "last", "toy", "short"]
+    assert next_stage(planned, rest, ["after"], ways) is None  # it waits for the machine
+    assert next_stage(planned, [*rest, "after"], [], ways) == "timed"
+    assert next_stage(planned, rest, ["timed"], ways) is None  # and nothing starts beside it
+    assert next_stage(planned, list(planned), [], ways) is None
+
+
+def test_stages_run_side_by_side_and_in_order(lab, monkeypatch):
+    """What is needed comes first, two at a time, and the one that measures time alone."""
+    import threading
+
+    from ssl_kit.lab.study import run_planned
+
+    planned, lock, now, seen = write_four(lab), threading.Lock(), [], []
+
+    def execute(notebook, run_dir, values, environment, kill):
+        with lock:
+            now.append(notebook.stem)
+            seen.append((tuple(now), environment.get("OMP_NUM_THREADS"), environment.get("SSL_KIT_CORES")))
+        time.sleep(0.2)
+        with lock:
+            now.remove(notebook.stem)
+        return 1
+
+    monkeypatch.setattr(runs_module, "execute_notebook", execute)
+    monkeypatch.setenv("SSL_KIT_CORES", "4")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    outcomes = run_planned(planned, jobs=2)
+    assert list(outcomes) == list(planned) and all(one.run.state == "finished" for one in outcomes.values())
+    assert max(len(at_once) for at_once, *_ in seen) == 2 and {(t, c) for _, t, c in seen} == {("2", "2")}
+    assert [at_once for at_once, *_ in seen if "timed" in at_once] == [("timed",)]
+    order = [at_once[-1] for at_once, *_ in seen]
+    assert order.index("short") < order.index("after") and order.index("long") < order.index("last")
+    with pytest.raises(ParameterError, match="jobs"):
+        run_planned(planned, jobs=0)
+
+
+def test_a_stage_that_fails_does_not_take_its_neighbour_along(lab, monkeypatch):
+    from ssl_kit.lab.study import run_planned
+
+    planned = write_four(lab)
+
+    def execute(notebook, run_dir, values, environment, kill):
+        if notebook.stem == "long":
+            raise StageFailure("a cell failed")
+        time.sleep(0.3)
+        return 1
+
+    monkeypatch.setattr(runs_module, "execute_notebook", execute)
+    with pytest.raises(StageFailure, match="stage long: a cell failed"):
+        run_planned(planned, jobs=2)
+    states = {name: one.run.state for name, one in planned.items() if one.folder.exists()}
+    assert states.pop("long") == "failed" and list(states.values()) == ["finished"]
+    assert "last" not in states
+
+
+def test_ctrl_c_ends_all_kernels_of_a_study(lab):
+    """They are in sessions of their own and don't hear it; what they were at is marked and goes on later."""
+    import psutil
+
+    toy = lab / "stages" / "toy.ipynb"
+    (lab / "stages" / "one.ipynb").write_text(toy.read_text().replace('stage_context(\\"toy', 'stage_context(\\"one'))
+    planned = plan(list_stages(), "quick", ["step_s=0.2", "n_steps=1000"])
+    process = start_command("study", "--jobs", "2", "-pstep_s=0.2", "-pn_steps=1000")
+    wait_for(lambda: all((one.folder / "artifacts" / "state.json").exists() for one in planned.values()))
+    kernels = psutil.Process(process.pid).children(recursive=True)
+    assert len(kernels) >= 2
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    _, alive = psutil.wait_procs(kernels, timeout=10)
+    assert not alive and [one.run.status["state"] for one in planned.values()] == ["interrupted"] * 2
 
 
 def test_a_study_says_what_it_did(lab, executed, capsys):

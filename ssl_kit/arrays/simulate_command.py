@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 
+from ..lab.context import usable_cores
 from ..lab.corpora import NOISE_CORPORA, SPEECH_CORPORA, SPLITS
 from ..lab.errors import ParameterError
 
@@ -75,11 +75,6 @@ def _geometry(name: str):
     return geometry
 
 
-def _cores() -> int:
-    "Cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_simulate(args: argparse.Namespace) -> int:
     "Make the recordings and say where they are; returns the exit code. Raises the kit's errors."
     import json
@@ -96,7 +91,7 @@ def run_simulate(args: argparse.Namespace) -> int:
 
         root = simulate_distributed(config, args.folder, args.n, args.scheduler, args.seed, geometry, args.split)
     else:
-        workers = min(args.n, args.workers or _cores())
+        workers = min(args.n, args.workers or usable_cores())
         root = simulate_dataset(config, args.folder, args.n, args.seed, geometry, workers, args.split)
     seconds = time.monotonic() - started
     made = {"folder": str(root), "split": args.split, "recordings": args.n, "array": geometry.label,

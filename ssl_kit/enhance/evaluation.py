@@ -153,7 +153,7 @@ class Costs:
 
 
 def real_time_factor(function: Callable, seconds: float = 3.0, repeats: int = 3, seed: int = 0) -> float:
-    "Median seconds that `function` takes for one second of noise, on one core."
+    "Median seconds of one core that `function` takes for one second of noise; what else runs hardly counts."
     from threadpoolctl import threadpool_limits
 
     noise = 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * 16000)).astype(np.float32)
@@ -162,9 +162,9 @@ def real_time_factor(function: Callable, seconds: float = 3.0, repeats: int = 3,
         torch.set_num_threads(1)
         with threadpool_limits(1):
             for _ in range(repeats + 1):
-                started = time.perf_counter()
+                started = time.process_time()
                 function(noise)
-                taken.append(time.perf_counter() - started)
+                taken.append(time.process_time() - started)
     finally:
         torch.set_num_threads(threads)
     return float(np.median(taken[1:]) / seconds)

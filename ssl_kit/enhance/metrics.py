@@ -19,6 +19,7 @@ import numpy as np
 
 from .composite import composite
 from ..lab.audio import read_audio
+from ..lab.context import usable_cores
 from ..lab.errors import DataError, ParameterError, SslKitError
 from ..lab.progress import progress
 from ..lab.statistics import cluster_bootstrap
@@ -176,7 +177,7 @@ def evaluate_pairs(
         raise ParameterError(f"expected as many enhanced as clean and rows of facts, found {len(enhanced)}, "
                              f"{len(clean)}, {len(clean) if facts is None else len(facts)}")
     jobs = [(one, other, tuple(metrics)) for one, other in zip(clean, enhanced, strict=True)]
-    workers = min(workers if workers is not None else os.cpu_count() or 1, max(len(jobs), 1))
+    workers = min(workers if workers is not None else usable_cores(), max(len(jobs), 1))
     if workers > 1:
         with ProcessPoolExecutor(workers) as pool:
             rows = list(progress(pool.map(_evaluate_job, jobs), total=len(jobs), label=label))

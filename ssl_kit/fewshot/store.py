@@ -19,6 +19,7 @@ import numpy as np
 
 from .features import FeatureConfig, file_features
 from ..lab.audio import audio_info
+from ..lab.context import usable_cores
 from ..lab.errors import DataError, MissingDataError, ParameterError, SslKitError
 from ..lab.files import DAMAGED_ARRAYS, atomic_write, read_json, sha256_file, sha256_json, write_json
 from ..lab.progress import progress
@@ -152,7 +153,7 @@ def export_features(files: Iterable, config: FeatureConfig | None = None, top=No
             raise DataError(f"{audio} and {taken[path]} would share the features {path}; rename one of them")
         taken[path] = audio
     report = ExportReport()
-    with _one_torch_thread(), ThreadPoolExecutor(workers or (os.cpu_count() or 1) + 1) as pool:
+    with _one_torch_thread(), ThreadPoolExecutor(workers or usable_cores() + 1) as pool:
         states = pool.map(lambda job: export_one(*job), jobs)
         for audio, (state, reason) in zip(files, progress(states, total=len(jobs), label=label), strict=True):
             if state == "failed":

@@ -8,9 +8,10 @@ __all__ = ['StageFailure', 'StagePaused', 'MemoryWatch', 'kernel_environment', '
 # %% ../../nbs/lab/execute.ipynb #91146c8c
 import contextlib
 import os
+import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,20 @@ def _resident_bytes(pid: int) -> int:
 
 
 class MemoryWatch:
-    "Samples a process tree until stopped; `peak_bytes` is the largest sum seen."
+    """Samples a process tree until stopped; `peak_bytes` is the largest sum seen.
 
-    def __init__(self, period_s: float = 0.5):
-        self.period_s, self.peak_bytes = period_s, 0
+    Once the event `kill` is set the watched process is ended: a kernel in a session of its own hears no Ctrl-C."""
+
+    def __init__(self, period_s: float = 0.5, kill: threading.Event | None = None):
+        self.period_s, self.peak_bytes, self.kill = period_s, 0, kill
         self._stop, self._thread = threading.Event(), None
 
     def _sample(self, pid: int) -> None:
         while True:
+            if self.kill is not None and self.kill.is_set():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                return
             self.peak_bytes = max(self.peak_bytes, _resident_bytes(pid))
             if self._stop.wait(self.period_s):
                 return
@@ -112,20 +119,35 @@ def kernel_environment(run_dir: Path, extra: Mapping[str, str] | None = None) ->
     return environment | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    "papermill and jupyter_client warn of things that are as they should be."
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", message=".*[Ee]vent loop.*")
-        yield
+class _Quiet:
+    "papermill and jupyter_client warn of things that are as they should be; several threads may be in it at once."
+
+    def __init__(self):
+        self._lock, self._inside, self._filters = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self):
+        with self._lock:
+            if self._inside == 0:
+                self._filters.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", category=DeprecationWarning)
+                warnings.filterwarnings("ignore", message=".*[Ee]vent loop.*")
+            self._inside += 1
+
+    def __exit__(self, *_):
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._filters.close()
+
+
+_quiet = _Quiet()  # warnings have one set of filters for all threads
 
 # %% ../../nbs/lab/execute.ipynb #880068f1
 def execute_notebook(notebook: str | os.PathLike, run_dir: str | os.PathLike, values: Mapping[str, Any],
-                     extra_environment: Mapping[str, str] | None = None) -> int:
+                     extra_environment: Mapping[str, str] | None = None, kill: threading.Event | None = None) -> int:
     """Execute `notebook` with the parameter `values` in `run_dir`; leaves notebook.ipynb there, in any case.
 
-    Returns the peak memory in bytes. Raises StageFailure naming the cell that failed.
+    Returns the peak memory in bytes; `kill` ends it when set. Raises StageFailure naming the cell that failed.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -135,9 +157,9 @@ def execute_notebook(notebook: str | os.PathLike, run_dir: str | os.PathLike, va
     run_dir = Path(run_dir)
     executing, final = run_dir / ".executing.ipynb", run_dir / "notebook.ipynb"
     papermill_engines.register("ssl_kit", _engine())
-    watch = MemoryWatch()
+    watch = MemoryWatch(kill=kill)
     try:
-        with open(run_dir / "kernel.log", "wb") as log, _quiet():
+        with open(run_dir / "kernel.log", "wb") as log, _quiet:
             start = {"cwd": str(run_dir), "env": kernel_environment(run_dir, extra_environment),
                      "stdout": log, "stderr": log}
             papermill.execute_notebook(str(notebook), str(executing), dict(values), engine_name="ssl_kit",

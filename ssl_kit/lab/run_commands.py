@@ -17,7 +17,7 @@ from .files import to_plain
 from .index import indexed_runs
 from .runs import Planned, Run, find_run, plan
 from .stages import PROFILES, find_stage, list_stages
-from .study import Outcome, format_headline, results_table, run_planned, say
+from .study import Outcome, default_jobs, format_headline, results_table, run_planned, say
 from .tables import format_number, text_table
 
 # %% ../../nbs/lab/run_commands.ipynb #48aadb0a
@@ -90,6 +90,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _jobs(text: str) -> int:
+    "A number of stages, for argparse."
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, found {text!r}")
+    return int(text)
+
+
 def _add_common(parser: argparse.ArgumentParser) -> None:
     "Options that `run` and `study` share."
     parser.add_argument("-p", "--parameter", action="append", default=[], metavar="KEY=VALUE",
@@ -152,6 +159,8 @@ def run_run(args: argparse.Namespace) -> int:
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of `ssl-kit study`."
     _add_common(parser)
+    parser.add_argument("--jobs", type=_jobs, metavar="N",
+                        help="stages side by side (as cores and memory allow; 1 on a GPU and at profile full)")
     parser.add_argument("--force", action="store_true", help="make all runs anew")
     parser.epilog = "example: ssl-kit study --profile ci"
 
@@ -166,7 +175,8 @@ def run_study(args: argparse.Namespace) -> int:
     force = list(planned) if args.force else []
     if args.dry_run:
         return _say_plan(planned, force, args.json)
-    outcomes = run_planned(planned, force, args.device, args.time_limit)
+    jobs = args.jobs or default_jobs(args.profile, args.device)
+    outcomes = run_planned(planned, force, args.device, args.time_limit, jobs=jobs)
     runs = [outcome.run for outcome in outcomes.values()]
     # the profile ci shows that all runs; its figures would overwrite results
     figures = export_figures(runs) if args.profile != "ci" else []

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['RUN_FORMAT', 'Run', 'all_runs', 'find_run', 'assign', 'Planned', 'plan', 'plan_values', 'clear_run', 'open_run',
-           'pause_of', 'close_run', 'carry_out']
+           'pause_of', 'close_run', 'Beside', 'carry_out']
 
 # %% ../../nbs/lab/runs.ipynb #90b16024
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -270,15 +271,27 @@ def close_run(planned: Planned, status: Mapping, wall_s: float, peak_bytes: int,
     write_json(folder / "status.json", dict(status) | ended)
 
 
-def _attempt(planned: Planned, device: str, deadline: float | None) -> None:
+@dataclass(frozen=True)
+class Beside:
+    "What runs side by side have in common: the share of the machine of each, and the event that ends them all."
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+    kill: threading.Event = field(default_factory=threading.Event)
+
+
+def _attempt(planned: Planned, device: str, deadline: float | None, beside: "Beside | None") -> None:
     "Execute a planned run in its folder, whose lock is held; record what came of it."
     folder, clock, failure = planned.folder, time.monotonic(), None
     status = open_run(planned, device, deadline)
     try:
-        peak_bytes = execute_notebook(planned.stage.path, folder, planned.values, _sub_environment())
+        more = _sub_environment() | (beside.environment if beside else {})
+        peak_bytes = execute_notebook(planned.stage.path, folder, planned.values, more, beside.kill if beside else None)
         if (pause := pause_of(planned)) is not None:
             failure = ("paused", pause)
     except StageFailure as error:
+        if beside is not None and beside.kill.is_set():
+            write_json(folder / "status.json", status | {"state": "interrupted", "finished": utc_now()})
+            raise
         peak_bytes = 0
         failure = ("failed", StageFailure(f"stage {planned.stage.name}: {error}; see {folder / 'notebook.ipynb'}"))
         failure[1].__cause__ = error
@@ -292,11 +305,11 @@ def _attempt(planned: Planned, device: str, deadline: float | None) -> None:
 
 
 def carry_out(planned: Planned, force: bool = False, device: str = "auto", deadline: float | None = None,
-              on_wait: Callable[[str], None] | None = None) -> tuple[Run, bool]:
+              on_wait: Callable[[str], None] | None = None, beside: Beside | None = None) -> tuple[Run, bool]:
     """Make the planned run, or find it made; returns (run, reused).
 
     `force` makes it anew; `deadline` is the time (as time.time()) by which the stage has to stop; `on_wait(pid)`
-    is called when another process is at it. Raises StageFailure, and StagePaused when the deadline came first.
+    is called when another process is at it; `beside` is given where others run at the same time. Raises StageFailure, and StagePaused when the deadline came first.
     """
     asked = time.time()
     with file_lock(planned.folder / ".lock", on_wait=on_wait):
@@ -307,7 +320,7 @@ def carry_out(planned: Planned, force: bool = False, device: str = "auto", deadl
         with file_lock(planned.folder / ".kernel.lock", timeout_s=60.0):  # a killed runner's kernel ends by itself
             clear_run(planned.folder, keep=() if force else ("artifacts",))
         try:
-            _attempt(planned, device, deadline)
+            _attempt(planned, device, deadline, beside)
         except OSError as error:
             if isinstance(error, StorageError | MissingDataError):
                 raise

@@ -42,6 +42,7 @@ class Stage:
     seconds: Mapping[str, float]
     source: str
     paths: tuple[str, ...] = ()
+    alone: bool = False
 
     def resolve(self, profile: str = "quick", given: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "All parameters: defaults, overridden by the profile, overridden by what the user gave."
@@ -98,7 +99,8 @@ def _python(source: str) -> str:
 
 # %% ../../nbs/lab/stages.ipynb #1d681221
 _STAGE_KEYS = {"title": str, "track": str, "needs": (list, tuple), "data": (dict, list, tuple),
-               "optional_data": (list, tuple), "choices": dict, "paths": (list, tuple), "seconds": dict}
+               "optional_data": (list, tuple), "choices": dict, "paths": (list, tuple), "seconds": dict,
+               "alone": bool}
 
 
 def _declaration(source: str, where: str) -> dict:
@@ -147,7 +149,7 @@ def read_stage(path: str | os.PathLike) -> Stage:
     stage = Stage(path.stem, path, declared["title"], declared.get("track", ""), tuple(declared.get("needs", ())),
                   parameters, profiles, {key: tuple(value) for key, value in data.items()},
                   tuple(declared.get("optional_data", ())), declared.get("seconds", {}), source,
-                  tuple(declared.get("paths", ())))
+                  tuple(declared.get("paths", ())), declared.get("alone", False))
     for profile in profiles:
         stage.resolve(profile)
     return stage

@@ -6,7 +6,6 @@
 __all__ = ['ArrayBankConfig', 'make_group', 'build_array_bank', 'ArrayBank']
 
 # %% ../../nbs/localize/array_bank.ipynb #672f901c
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +19,7 @@ from ..arrays.geometry import ArrayGeometry
 from ..arrays.random_arrays import N_LAYOUT, random_layout
 from ..arrays.recordings import SourcePool, voice_activity
 from ..arrays.rooms import SceneConfig, sample_scene, scene_responses, speech_image
+from ..lab.context import usable_cores
 from ..lab.corpora import SPLITS, noise_corpus, speech_corpus
 from ..lab.errors import DataError, ParameterError
 from ..lab.files import read_json, write_json
@@ -137,7 +137,7 @@ def build_array_bank(folder, config: ArrayBankConfig, seed: int = 0, split: str 
     if not todo:
         return folder
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in config.shapes()}
-    workers = workers if workers is not None else os.cpu_count() or 1
+    workers = workers if workers is not None else usable_cores()
     jobs = [(config, seed, split, group, root) for group in todo]
     with progress(total=len(todo), label=f"arrays {split}") as bar:
         for number, (group, parts) in enumerate(_results(jobs, workers, scheduler)):

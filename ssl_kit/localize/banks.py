@@ -6,7 +6,6 @@
 __all__ = ['BankPlan', 'union_array', 'render', 'plan_of', 'render_again', 'recording_name', 'make_parts', 'write_banks']
 
 # %% ../../nbs/localize/banks.ipynb #1b74a6b3
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +19,7 @@ import numpy as np
 from ..arrays.geometry import ArrayGeometry, named_array
 from ..arrays.recordings import Recording, source_pool
 from ..arrays.rooms import SceneConfig, render_scene, sample_scene
+from ..lab.context import usable_cores
 from ..lab.corpora import NOISE_CORPORA, SPLITS
 from ..lab.errors import DataError, ParameterError
 from ..lab.files import atomic_write, read_json, to_plain, write_json
@@ -211,7 +211,7 @@ def make_parts(plan: BankPlan, folder, workers: int | None = None, part_size: in
     Raises DataError when the folder holds parts of another plan."""
     folder, own = Path(folder), dict(probes or {})
     _claim(plan, folder)
-    workers = min(os.cpu_count() or 1, 8) if workers is None else workers
+    workers = min(usable_cores(), 8) if workers is None else workers
     starts = range(0, plan.n, part_size)
     jobs = [(plan, folder / f"part_{start:06d}.npz", list(range(start, min(start + part_size, plan.n))), own)
             for start in starts]

@@ -6,7 +6,6 @@
 __all__ = ['BOUND', 'ComparisonPlan', 'heard_by', 'answer', 'compare_localizers', 'summarize']
 
 # %% ../../nbs/localize/comparison.ipynb #36c35940
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +20,7 @@ from ..arrays.angles import angular_error_deg
 from ..arrays.geometry import ArrayGeometry, named_array
 from ..arrays.recordings import source_pool
 from ..arrays.rooms import SceneConfig, render_scene, sample_scene
+from ..lab.context import usable_cores
 from ..lab.errors import ParameterError
 from ..lab.progress import progress
 from .banks import union_array
@@ -79,9 +79,9 @@ def answer(plan: ComparisonPlan, index: int) -> list[dict]:
         for name in plan.methods:
             geometry = heard_by(name, named_array(array))
             samples, method = recording.subarray(geometry).samples, _method(name, checkpoints.get(name, ""))
-            began = time.perf_counter()
+            began = time.process_time()
             track = method(samples, geometry, recording.sample_rate)
-            seconds = time.perf_counter() - began
+            seconds = time.process_time() - began
             azimuth = overall_azimuth_deg(track)
             rows.append({"index": index, "array": array, "method": name, "azimuth_deg": azimuth, "truth_deg": truth,
                          "error_deg": float(angular_error_deg(azimuth, truth)),
@@ -116,7 +116,7 @@ def compare_localizers(plan: ComparisonPlan, folder, workers: int | None = None,
     parts = [(plan, folder / f"part_{start:05d}.csv", list(range(start, min(start + part_size, plan.n))))
              for start in range(0, plan.n, part_size)]
     waiting = [job for job in parts if not job[1].is_file()]
-    workers = workers if workers is not None else os.cpu_count() or 1
+    workers = workers if workers is not None else usable_cores()
     with progress(total=plan.n, label=f"{plan.split} rooms") as bar:
         bar.update(plan.n - sum(len(job[2]) for job in waiting))
         for n in _results(waiting, workers):

@@ -7,7 +7,6 @@ __all__ = ['draw_response', 'build_response_bank', 'load_speech', 'diffuse_bank'
            'speech_stretch', 'Batch', 'MixtureStream']
 
 # %% ../../nbs/localize/mixtures.ipynb #6c43d8df
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ from ..arrays.diffuse import diffuse_field
 from ..arrays.geometry import ArrayGeometry
 from ..arrays.rooms import SceneConfig, layout_of, sample_scene, scene_responses
 from ..lab.audio import read_audio
+from ..lab.context import usable_cores
 from ..lab.errors import DataError, ParameterError
 from ..lab.files import atomic_write
 from ..lab.noises import NoiseClip, noise_samples
@@ -82,7 +82,7 @@ def build_response_bank(
     jobs = [(scenes, geometry, seed, split, chunk, n_taps) for chunk in chunks]
     header = {"descr": "<f2", "fortran_order": False, "shape": (n, geometry.n_mics, n_taps)}
     facts = []
-    workers = workers if workers is not None else os.cpu_count() or 1
+    workers = workers if workers is not None else usable_cores()
     with atomic_write(folder / "responses.npy") as file, progress(total=n, label="room responses") as bar:
         np.lib.format.write_array_header_2_0(file, header)
         with ProcessPoolExecutor(workers) if workers > 1 else _Serial() as pool:
