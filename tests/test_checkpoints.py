@@ -135,8 +135,8 @@ def test_what_is_not_there_is_named(saved):
 def test_tensors_that_do_not_fit_are_named():
     line, other = torch.nn.Linear(3, 2), torch.nn.Linear(4, 2, bias=False)
     before = line.weight.clone()
-    with pytest.raises(CheckpointError, match=r"a.st: .*missing \['bias'\], unknown \['more'\].*weight \(2, 4\) instead "
-                                              r"of \(2, 3\)"):
+    with pytest.raises(CheckpointError, match=r"a.st: .*missing \['bias'\], unknown \['more'\].*weight \(2, 4\) "
+                                              r"instead of \(2, 3\)"):
         fit_weights(line, other.state_dict() | {"more": torch.zeros(1)}, "a.st")
     assert torch.equal(line.weight, before)
 
