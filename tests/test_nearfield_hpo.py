@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from browser import free_port
 
 from ssl_kit.lab.errors import DataError, MissingDataError, ParameterError
 
@@ -141,9 +142,7 @@ def postgresql(tmp_path_factory):
             pytest.skip("PostgreSQL does not run as root and there is no user postgres")
         as_user = ["runuser", "-u", "postgres", "--"]
         folder = Path(subprocess.check_output([*as_user, "mktemp", "-d"], text=True, cwd="/").strip())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     subprocess.run([*as_user, home / "initdb", "-D", folder / "data", "-U", "tester", "-A", "trust", "-N"], check=True,
                    capture_output=True, cwd="/")
     server = subprocess.Popen([*as_user, home / "postgres", "-D", folder / "data", "-h", "127.0.0.1", "-p", str(port),

@@ -11,7 +11,6 @@ import importlib.util
 import os
 import shutil
 import time
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from ..lab.errors import DataError, MissingDataError, ParameterError
 from ..lab.files import atomic_path
 from ..lab.parameters import nearest
 from ..lab.progress import progress as progress_bar
+from ..lab.provenance import package_folder
 
 # %% ../../nbs/enhance/enhancer.ipynb #654347c6
 SHIPPED = ("final", "final_causal", "dpt", "crn", "mel", "stft")
@@ -40,7 +40,7 @@ def shipped_checkpoint(name: str) -> Path:
     if name not in SHIPPED:
         raise ParameterError(f"model {name!r} is unknown; {nearest(name, SHIPPED)} (or give the folder of a "
                              f"checkpoint)")
-    folder = Path(str(resources.files("ssl_kit"))) / "assets" / "checkpoints" / f"enhance_{name}"
+    folder = package_folder() / "assets" / "checkpoints" / f"enhance_{name}"
     if not (folder / "model.safetensors").is_file():
         raise MissingDataError(f"model {name!r}: expected its checkpoint in {folder}, found none; train one with "
                                f"ssl-kit train-enhance and give its folder instead")

@@ -6,14 +6,11 @@
 __all__ = ['KINDS', 'EnhancementNetwork', 'magnitude_of', 'network_class', 'make_network', 'n_parameters', 'macs_per_second']
 
 # %% ../../nbs/enhance/models.ipynb #ee182453
-import importlib
-from dataclasses import fields
-
 import torch
 from torch import nn
 
 from .spectra import apply_mask, power_of, samples_of, spectrum_of
-from ..lab.errors import ParameterError
+from ..lab.checkpoints import class_of_kind, configured
 
 # %% ../../nbs/enhance/models.ipynb #41f60281
 class EnhancementNetwork(nn.Module):
@@ -68,20 +65,13 @@ KINDS = {
 
 def network_class(kind: str) -> type[EnhancementNetwork]:
     "The class of a kind of network; ParameterError with the known kinds."
-    if kind not in KINDS:
-        raise ParameterError(f"kind of network: expected one of {sorted(KINDS)}, found {kind!r}")
-    module, _, name = KINDS[kind].partition(":")
-    return getattr(importlib.import_module(module), name)
+    return class_of_kind(KINDS, kind)
 
 
 def make_network(kind: str, **settings) -> EnhancementNetwork:
     "A fresh network of a kind with these settings of its configuration; ParameterError naming unknown ones."
     network = network_class(kind)
-    known = {field.name for field in fields(network.config_class)}
-    if set(settings) - known:
-        raise ParameterError(f"settings of {kind}: expected names among {sorted(known)}, found "
-                             f"{sorted(set(settings) - known)}")
-    return network(network.config_class(**settings))
+    return network(configured(network.config_class, settings, kind))
 
 # %% ../../nbs/enhance/models.ipynb #657dad58
 def n_parameters(network: nn.Module) -> int:

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..lab.errors import ParameterError
+from ..lab.train_options import (add_number_options, add_run_options, changed_numbers, changed_words, say_trained,
+                                       whole_epochs)
 
 # %% auto #0
 __all__ = ['RECIPES', 'EnhanceRecipe', 'make_task', 'make_streams', 'valid_window', 'add_train_enhance_arguments',
@@ -114,28 +115,20 @@ def add_train_enhance_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speeds", default="1", metavar="X,...", help="speech and noise also at these speeds (1)")
     parser.add_argument("--noise-speeds", metavar="X,...", help="speeds of noise, where others than --speeds")
     parser.add_argument("--causal", action="store_true", help="a final network that can stream")
-    for name, kind in _NUMBERS.items():
-        usual = ", ".join(f"{key} {getattr(recipe, name):g}" for key, recipe in sorted(RECIPES.items())
-                          if getattr(recipe, name) is not None) or "the network's"
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N", help=f"as chosen: {usual}")
+    add_number_options(parser, _NUMBERS, RECIPES)
     parser.add_argument("--valid-batches", type=int, default=3, metavar="N", help="validation clips, times 8 (3)")
     parser.add_argument("--no-metrics", action="store_true", help="validate by the loss alone, without PESQ and STOI")
     parser.add_argument("--mixers", type=int, default=1, metavar="N", help="processes that mix ahead (1)")
     parser.add_argument("--mix", default="cpu", choices=["cpu", "device"], help="where clips are mixed (cpu)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to train (auto)")
-    parser.add_argument("--precision", default="auto", choices=["auto", "32-true", "bf16-mixed", "16-mixed"])
     parser.add_argument("--start", metavar="CHECKPOINT", help="go on from this network")
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop cleanly before so many seconds")
-    parser.add_argument("--json", action="store_true", help="print the history as JSON at the end")
+    add_run_options(parser)
 
 
 def chosen_enhance_recipe(args: argparse.Namespace) -> EnhanceRecipe:
     "The recipe with what the arguments change; ParameterError where they make no sense."
     recipe = RECIPES[args.recipe]
-    changed = {name: getattr(args, name) for name in _NUMBERS if getattr(args, name) is not None}
-    for name in ("steps", "epoch_steps", "batch_size", "clip_s", "snr_skew", "learning_rate"):
-        if changed.get(name, 1) <= 0:
-            raise ParameterError(f"--{name.replace('_', '-')}: expected more than 0, found {changed[name]}")
+    changed = changed_numbers(args, _NUMBERS, ("steps", "epoch_steps", "batch_size", "clip_s", "snr_skew",
+                                               "learning_rate"))
     if args.causal and recipe.kind != "final":
         raise ParameterError(f"--causal: only the final network has such a form, found {args.recipe}")
     if recipe.kind in ("crn", "final") and args.dropout is not None:
@@ -144,10 +137,8 @@ def chosen_enhance_recipe(args: argparse.Namespace) -> EnhanceRecipe:
         raise ParameterError(f"expected --mixers >= 0 and --valid-batches >= 1, found {args.mixers} and "
                              f"{args.valid_batches}")
     recipe = replace(recipe, causal=args.causal, **changed)
-    if recipe.steps % recipe.epoch_steps:  # a short training has short epochs
-        recipe = replace(recipe, epoch_steps=next(k for k in range(min(recipe.epoch_steps, recipe.steps), 0, -1)
-                                                  if recipe.steps % k == 0))
-    return replace(recipe, warmup_steps=min(recipe.warmup_steps, max(1, recipe.steps // 4)))
+    return replace(recipe, epoch_steps=whole_epochs(recipe.steps, recipe.epoch_steps),
+                   warmup_steps=min(recipe.warmup_steps, max(1, recipe.steps // 4)))
 
 
 def training_command(args: argparse.Namespace, recipe: EnhanceRecipe) -> str:
@@ -156,8 +147,7 @@ def training_command(args: argparse.Namespace, recipe: EnhanceRecipe) -> str:
     words += ["--speeds", args.speeds] if args.speeds != "1" else []
     words += ["--noise-speeds", args.noise_speeds] if args.noise_speeds else []
     words += ["--causal"] if args.causal else []
-    words += [f"--{name.replace('_', '-')} {getattr(recipe, name):g}" for name in _NUMBERS
-              if getattr(recipe, name) != getattr(usual, name)]
+    words += changed_words(recipe, usual, _NUMBERS)
     words += ["--start", "CHECKPOINT"] if args.start else []
     return " ".join(words + (["--mix", args.mix] if args.mix != "cpu" else []))
 
@@ -212,9 +202,4 @@ def run_train_enhance(args: argparse.Namespace) -> int:
     write_json(folder / "checkpoint" / "history.json", history)
     write_card(folder / "checkpoint")
     done = last["step"] == recipe.steps or bool(recipe.stop_epochs and since >= recipe.stop_epochs)
-    if args.json:
-        print(json.dumps({"checkpoint": str(folder / "checkpoint"), "complete": done, "history": history}, indent=1))
-    else:
-        print(f"checkpoint in {folder / 'checkpoint'}" if done else
-              f"stopped at step {last['step']} of {recipe.steps}; the same command goes on from there")
-    return 0 if done else 3
+    return say_trained(folder / "checkpoint", history, recipe.steps, done, args.json)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..lab.errors import DataError, ParameterError
+from ..lab.train_options import whole_epochs
 
 # %% auto #0
 __all__ = ['add_fewshot_arguments', 'run_fewshot']
@@ -162,8 +163,7 @@ def _recipe(args: argparse.Namespace):
             raise ParameterError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
     episode = replace(recipe.episode, negatives=not args.no_negatives, k_way=args.k_way or recipe.episode.k_way)
     steps = args.steps or recipe.steps
-    epoch = min(args.epoch_steps or recipe.epoch_steps, steps)
-    epoch = next(k for k in range(epoch, 0, -1) if steps % k == 0)
+    epoch = whole_epochs(steps, args.epoch_steps or recipe.epoch_steps)
     return replace(recipe, preprocessing=Preprocessing(FeatureConfig(args.kind), short=args.short), episode=episode,
                    steps=steps, epoch_steps=epoch, seed=recipe.seed if args.seed is None else args.seed)
 

@@ -8,24 +8,18 @@ __all__ = ['shipped_encoder', 'ship_encoder', 'results_table', 'write_card']
 # %% ../../nbs/fewshot/shipped.ipynb #81308d76
 import csv
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
+from ..lab.checkpoints import find_checkpoint
 from ..lab.errors import DataError, MissingDataError
 from ..lab.files import read_json, write_json, write_text
+from ..lab.provenance import package_folder
 
 # %% ../../nbs/fewshot/shipped.ipynb #9e9f7b0f
 def shipped_encoder(name: str = "fewshot_v1") -> Path:
-    """Folder of a detector that is part of the package, or `name` itself where it is the path of a folder with one.
-
-    MissingDataError names the ones there are."""
-    base = Path(str(resources.files("ssl_kit"))) / "assets" / "checkpoints"
-    for folder in (base / name, Path(name)):
-        if (folder / "model.safetensors").is_file():
-            return folder
-    there = sorted(path.name for path in base.glob("fewshot*") if path.is_dir())
-    raise MissingDataError(f"detector {name!r}: expected {' or '.join([*there, 'a folder'])} with model.safetensors; "
-                           f"`ssl-kit fewshot train` writes one")
+    "A detector that is part of the package, or `name` itself where it is a path; MissingDataError with their names."
+    return find_checkpoint(name, package_folder() / "assets" / "checkpoints", "fewshot",
+                           "; `ssl-kit fewshot train` writes one")
 
 # %% ../../nbs/fewshot/shipped.ipynb #fbea8204
 def ship_encoder(source, target, about: dict | None = None) -> Path:

@@ -13,9 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from .annotations import Recording
 from .encoder import Encoder, EncoderConfig
@@ -23,8 +20,8 @@ from .episodes import Episode, EpisodeConfig, Episodes, Preprocessing
 from .prototypes import prototypical_loss
 from .store import FeatureStore
 from ..lab import training as loop
-from ..lab.errors import CheckpointError, MissingDataError, ParameterError
-from ..lab.files import read_json, sha256_file, write_bytes, write_json
+from ..lab.checkpoints import read_checkpoint, write_checkpoint
+from ..lab.errors import CheckpointError, ParameterError
 from ..lab.noises import stable_seed
 
 # %% ../../nbs/fewshot/training.ipynb #55182339
@@ -152,45 +149,29 @@ def train_encoder(folder, recipe: FewshotRecipe, recordings: Sequence[Recording]
 def save_encoder(folder, network: Encoder, preprocessing: Preprocessing, about: dict | None = None,
                  half: bool = False) -> Path:
     "Write weights (with `half` in half precision, statistics never) and configuration into `folder`."
-    folder = Path(folder)
-    weights = {name for name, _ in network.named_parameters()}
-    tensors = {name: value.detach().cpu().to(torch.float16 if half and name in weights else value.dtype).contiguous()
-               for name, value in network.state_dict().items()}
-    write_bytes(folder / "model.safetensors", save_tensors(tensors, metadata={"format": "ssl_kit fewshot"}))
-    write_json(folder / "config.json", {"kind": "fewshot", "encoder": asdict(network.config),
-                                        "preprocessing": preprocessing.as_dict(), "about": about or {},
-                                        "sha256": sha256_file(folder / "model.safetensors")})
-    return folder
+    described = {"kind": "fewshot", "encoder": asdict(network.config), "preprocessing": preprocessing.as_dict()}
+    return write_checkpoint(folder, network, described, about, torch.float16 if half else None,
+                            keep={name for name, _ in network.named_buffers()})
+
+
+def _made(described: dict) -> Encoder:
+    "A fresh encoder; ParameterError for another kind, errors of `Preprocessing` for what it doesn't know."
+    if described["kind"] != "fewshot":
+        raise ParameterError(f"kind of network: expected fewshot, found {described['kind']!r}")
+    Preprocessing(**described["preprocessing"])
+    return Encoder(EncoderConfig(**described["encoder"]))
 
 
 def load_encoder(folder, preprocessing: Preprocessing | None = None) -> tuple[Encoder, Preprocessing, dict]:
     """Encoder in evaluation mode, its preprocessing, and `about`.
 
-    Raises MissingDataError without the files; CheckpointError when they are truncated, altered, of something else, or
-    made for another `preprocessing` than the one given."""
-    folder = Path(folder)
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    for path in (weights, config):
-        if not path.is_file():
-            raise MissingDataError(f"{path}: expected a checkpoint folder with model.safetensors and config.json; "
-                                   f"`ssl-kit fewshot train` writes one")
-    try:
-        record = read_json(config)
-        if record["kind"] != "fewshot":
-            raise ValueError(f"kind {record['kind']!r}")
-        network, made_for = Encoder(EncoderConfig(**record["encoder"])), Preprocessing(**record["preprocessing"])
-        expected = record["sha256"]
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{config}: expected the configuration of a few-shot encoder, found {error!r}") from error
+    Errors as in `lab.checkpoints.read_checkpoint`; CheckpointError, too, for a network that was made for another
+    `preprocessing` than the one given."""
+    network, described = read_checkpoint(folder, _made, "a few-shot encoder", "; `ssl-kit fewshot train` writes one")
+    made_for = Preprocessing(**described["preprocessing"])
     if preprocessing is not None and preprocessing != made_for:
         ours, theirs = preprocessing.as_dict(), made_for.as_dict()
         differs = ", ".join(f"{name}: {theirs[name]} (asked for {ours[name]})" for name in ours
                             if ours[name] != theirs[name])
         raise CheckpointError(f"{folder}: trained with other preprocessing: {differs}; use its own, or train anew")
-    if sha256_file(weights) != expected:
-        raise CheckpointError(f"{weights}: truncated, or not the weights that config.json describes")
-    try:
-        network.load_state_dict(load_tensors(weights.read_bytes()))
-    except (SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{weights}: does not fit the encoder of config.json ({error})") from error
-    return network.eval(), made_for, record["about"]
+    return network, made_for, described["about"]

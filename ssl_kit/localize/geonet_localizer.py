@@ -52,10 +52,7 @@ class GeoNetLocalizer:
     @classmethod
     def load(cls, folder, device: str = "cpu") -> "GeoNetLocalizer":
         "From a checkpoint folder; raises as `load_checkpoint` does, ParameterError for another kind of network."
-        model, _ = load_checkpoint(folder)
-        if not isinstance(model, GeoNet):
-            raise ParameterError(f"{folder}: expected a geonet checkpoint, found kind {model.kind!r}")
-        return cls(model, device)
+        return cls(load_checkpoint(folder, GeoNet)[0], device)
 
     def __call__(self, samples, geometry: ArrayGeometry, sample_rate: int = 16000) -> AzimuthTrack:
         """Localize one speaker in samples (mic, sample). ParameterError for mics on one line or another sample rate,

@@ -60,13 +60,6 @@ def _checked(samples, geometry: ArrayGeometry, sample_rate: int, config) -> np.n
                              f"read the file with read_audio(..., sample_rate={config.sample_rate})")
     return check_recording(samples, geometry, sample_rate)
 
-
-def _loaded(folder, kind: type) -> tuple[torch.nn.Module, dict]:
-    model, about = load_checkpoint(folder)
-    if not isinstance(model, kind):
-        raise ParameterError(f"{folder}: expected a checkpoint of kind {kind.kind!r}, found {model.kind!r}")
-    return model, about["about"]
-
 # %% ../../nbs/localize/ipdnet_localizer.ipynb #d71c14bb
 class IPDNetLocalizer:
     "A trained `IPDNet` by the `Localizer` protocol; strict: another array than the trained one is refused."
@@ -83,8 +76,8 @@ class IPDNetLocalizer:
     @classmethod
     def load(cls, folder, strict: bool = True, device: str = "cpu") -> "IPDNetLocalizer":
         "From a checkpoint folder; raises as `load_checkpoint` does, ParameterError for another kind of network."
-        model, about = _loaded(folder, IPDNet)
-        return cls(model, about.get("array", "6cm-5"), strict, device)
+        model, described = load_checkpoint(folder, IPDNet)
+        return cls(model, described["about"].get("array", "6cm-5"), strict, device)
 
     def __call__(self, samples, geometry: ArrayGeometry, sample_rate: int = 16000) -> AzimuthTrack:
         "Localize one speaker. ParameterError for another array than the network's, DataError for unusable samples."
@@ -122,7 +115,7 @@ class VariableIPDNetLocalizer:
     @classmethod
     def load(cls, folder, device: str = "cpu") -> "VariableIPDNetLocalizer":
         "From a checkpoint folder; raises as `load_checkpoint` does, ParameterError for another kind of network."
-        return cls(_loaded(folder, VariableIPDNet)[0], device)
+        return cls(load_checkpoint(folder, VariableIPDNet)[0], device)
 
     def __call__(self, samples, geometry: ArrayGeometry, sample_rate: int = 16000) -> AzimuthTrack:
         "Localize one speaker. ParameterError for mics on one line, DataError for unusable samples."

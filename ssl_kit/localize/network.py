@@ -35,8 +35,8 @@ class CRNNLocalizer:
 
     @classmethod
     def load(cls, folder, strict: bool = True, device: str = "cpu") -> "CRNNLocalizer":
-        "From a checkpoint folder; raises as `load_checkpoint` does."
-        model, about = load_checkpoint(folder)
+        "From a checkpoint folder; raises as `load_checkpoint` does, ParameterError for another kind of network."
+        model, about = load_checkpoint(folder, CRNN)
         return cls(model, about["about"].get("array", "6cm"), strict, device)
 
     def __call__(self, samples, geometry: ArrayGeometry, sample_rate: int = 16000) -> AzimuthTrack:

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..lab.errors import ParameterError
+from ..lab.train_options import add_number_options, add_run_options, changed_numbers, say_trained, whole_epochs
 
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'make_task', 'make_streams', 'add_train_arguments', 'chosen_recipe', 'run_train']
@@ -143,33 +143,24 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise", default="synthetic", metavar="NAME,...",
                         help="noise corpora: synthetic (default), esc10, ambience")
     parser.add_argument("--array", metavar="NAME", help="a ring with its centre, for crnn (6cm) and ipdnet (6cm-5)")
-    for name, kind in _NUMBERS.items():
-        usual = ", ".join(f"{k} {getattr(recipe, name):g}" for k, recipe in sorted(RECIPES.items()))
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N", help=f"as shipped: {usual}")
+    add_number_options(parser, _NUMBERS, RECIPES, "as shipped")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that make rooms (one for each core)")
     parser.add_argument("--mixers", type=int, default=1, metavar="N", help="processes that mix ahead (1)")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="GPUs, or processes on a CPU (1)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to train (auto)")
     parser.add_argument("--start", metavar="CHECKPOINT", help="go on from this network, say with longer clips")
     parser.add_argument("--rooms-in", metavar="FOLDER", help="rooms are there, or are put there (default: FOLDER)")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="make rooms on the workers of a Dask scheduler")
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop cleanly before so many seconds")
-    parser.add_argument("--json", action="store_true", help="print the history as JSON at the end")
+    add_run_options(parser, precision=False)
 
 
 def chosen_recipe(args: argparse.Namespace) -> Recipe:
     "The recipe with what the arguments change; ParameterError where they make no sense."
     recipe = RECIPES[args.kind]
-    changed = {name: getattr(args, name) for name in (*_NUMBERS, "array") if getattr(args, name) is not None}
+    changed = changed_numbers(args, (*_NUMBERS, "array"), ("steps", "epoch_steps", "batch_size", "clip_s", "rooms"))
     if "array" in changed and recipe.pool == "any":
         raise ParameterError(f"--array: {args.kind} is trained for any array, expected no name, found {args.array!r}")
-    for name in ("steps", "epoch_steps", "batch_size", "clip_s", "rooms"):
-        if changed.get(name, 1) <= 0:
-            raise ParameterError(f"--{name.replace('_', '-')}: expected more than 0, found {changed[name]}")
     recipe = replace(recipe, **changed)
-    if recipe.steps % recipe.epoch_steps:  # a short training has short epochs
-        recipe = replace(recipe, epoch_steps=next(k for k in range(min(recipe.epoch_steps, recipe.steps), 0, -1)
-                                                  if recipe.steps % k == 0))
+    recipe = replace(recipe, epoch_steps=whole_epochs(recipe.steps, recipe.epoch_steps))
     if args.devices < 1 or args.mixers < 0:
         raise ParameterError(f"expected --devices >= 1 and --mixers >= 0, found {args.devices} and {args.mixers}")
     return recipe
@@ -196,9 +187,4 @@ def run_train(args: argparse.Namespace) -> int:
     about |= {"array": recipe.array} if recipe.pool == "ring" else {}
     save_checkpoint(folder / "checkpoint", network, about)
     done = history[-1]["step"] == recipe.steps
-    if args.json:
-        print(json.dumps({"checkpoint": str(folder / "checkpoint"), "complete": done, "history": history}, indent=1))
-    else:
-        print(f"checkpoint in {folder / 'checkpoint'}" if done else
-              f"stopped at step {history[-1]['step']} of {recipe.steps}; the same command goes on from there")
-    return 0 if done else 3
+    return say_trained(folder / "checkpoint", history, recipe.steps, done, args.json)

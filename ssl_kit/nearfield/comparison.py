@@ -120,10 +120,7 @@ def checkpoint_methods(checkpoint: str) -> dict[str, Callable[[SceneBatch], list
         from ssl_kit.nearfield.learned import learned_methods
     except ImportError as error:
         raise MissingDataError(f"checkpoint {checkpoint!r}: this version has no learned detector: {error}") from error
-    from pathlib import Path
-
-    there = Path(checkpoint)
-    network, _ = load_checkpoint(there if (there / "config.json").is_file() else shipped_checkpoint(checkpoint))
+    network, _ = load_checkpoint(shipped_checkpoint(checkpoint))
     return learned_methods(network)
 
 # %% ../../nbs/nearfield/comparison.ipynb #86408efd

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..lab.errors import ParameterError
+from ..lab.train_options import (add_number_options, add_run_options, changed_numbers, changed_words, say_trained,
+                                       whole_epochs)
 
 # %% auto #0
 __all__ = ['RECIPES', 'NearfieldRecipe', 'add_train_nearfield_arguments', 'chosen_nearfield_recipe', 'training_command',
@@ -57,25 +58,17 @@ def add_train_nearfield_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _EXAMPLE
     parser.add_argument("network", choices=sorted(RECIPES), help="which network")
     parser.add_argument("folder", help="training and checkpoint are kept here")
-    for name, kind in _NUMBERS.items():
-        usual = ", ".join(f"{key} {getattr(recipe, name):g}" for key, recipe in sorted(RECIPES.items()))
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N", help=f"as chosen: {usual}")
+    add_number_options(parser, _NUMBERS, RECIPES)
     parser.add_argument("--backbone", default="nearfield_backbone", metavar="CHECKPOINT",
                         help="for a refiner: folder of the backbone, or the name of one that comes with the kit")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to train (auto)")
-    parser.add_argument("--precision", default="auto", choices=["auto", "32-true", "bf16-mixed", "16-mixed"])
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that draw scenes ahead (0)")
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop cleanly before so many seconds")
-    parser.add_argument("--json", action="store_true", help="print the history as JSON at the end")
+    add_run_options(parser)
 
 
 def chosen_nearfield_recipe(args: argparse.Namespace) -> NearfieldRecipe:
     "The recipe with what the arguments change; ParameterError where they make no sense."
     recipe = RECIPES[args.network]
-    changed = {name: getattr(args, name) for name in _NUMBERS if getattr(args, name, None) is not None}
-    for name, value in changed.items():
-        if name != "seed" and value <= 0:
-            raise ParameterError(f"--{name.replace('_', '-')}: expected more than 0, found {value}")
+    changed = changed_numbers(args, _NUMBERS, [name for name in _NUMBERS if name != "seed"])
     if args.workers < 0:
         raise ParameterError(f"--workers: expected at least 0, found {args.workers}")
     steps = changed.pop("steps", None)
@@ -84,18 +77,15 @@ def chosen_nearfield_recipe(args: argparse.Namespace) -> NearfieldRecipe:
     recipe = replace(recipe, **changed)
     if steps is not None:
         recipe = replace(recipe, scenes=steps * recipe.batch_size)
-    if recipe.steps % recipe.epoch_steps:  # a short training has short epochs
-        recipe = replace(recipe, epoch_steps=next(k for k in range(min(recipe.epoch_steps, recipe.steps), 0, -1)
-                                                  if recipe.steps % k == 0))
-    return replace(recipe, warmup_steps=min(recipe.warmup_steps, max(1, recipe.steps // 4)))
+    return replace(recipe, epoch_steps=whole_epochs(recipe.steps, recipe.epoch_steps),
+                   warmup_steps=min(recipe.warmup_steps, max(1, recipe.steps // 4)))
 
 
 def training_command(args: argparse.Namespace, recipe: NearfieldRecipe) -> str:
     "The command that makes this network again, with all that differs from its recipe."
     usual, words = RECIPES[args.network], ["ssl-kit train-nearfield", args.network, "FOLDER"]
     words += ["--backbone CHECKPOINT"] if args.network == "refiner" and args.backbone != "nearfield_backbone" else []
-    return " ".join(words + [f"--{name.replace('_', '-')} {getattr(recipe, name):g}" for name in _NUMBERS
-                             if name != "steps" and getattr(recipe, name) != getattr(usual, name)])
+    return " ".join(words + changed_words(recipe, usual, [name for name in _NUMBERS if name != "steps"]))
 
 # %% ../../nbs/nearfield/train_command.ipynb #0f540316
 def make_backbone_parts(recipe: NearfieldRecipe) -> dict:
@@ -145,12 +135,7 @@ def run_train_nearfield(args: argparse.Namespace) -> int:
     write_json(folder / "checkpoint" / "history.json", history)
     write_card(folder / "checkpoint")
     done = last["step"] == recipe.steps
-    if args.json:
-        print(json.dumps({"checkpoint": str(folder / "checkpoint"), "complete": done, "history": history}, indent=1))
-    else:
-        print(f"checkpoint in {folder / 'checkpoint'}" if done else
-              f"stopped at step {last['step']} of {recipe.steps}; the same command goes on from there")
-    return 0 if done else 3
+    return say_trained(folder / "checkpoint", history, recipe.steps, done, args.json)
 
 
 _SHOWN = ("valid_rmse_xyz_m", "objective", "refined_share")
