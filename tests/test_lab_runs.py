@@ -36,7 +36,8 @@ def planned_toy(*pairs, profile="quick"):
 
 def start_command(*arguments):
     """`ssl-kit` in a process of its own."""
-    code = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # not as a shell's "&" has it
+    # a shell that starts the tests in the background has them, and what they start, ignore Ctrl-C
+    code = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
             "from ssl_kit.lab.cli import main; sys.exit(main())")
     return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True)
