@@ -368,7 +368,8 @@ def test_train_detect_evaluate_by_command(scapes, tmp_path, capsys, monkeypatch)
     assert command("detect", recording.audio, "--shots", shots, "--model", tmp_path / "m", "--output",
                    tmp_path / "p.csv", "--raven", "--plot", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["method"] == "prototypes" and found["threshold"] == done["about"]["rules"]["prototypes"]["threshold"]
+    assert found["method"] == done["about"]["method"] and set(done["about"]["rules"]) == {"prototypes", "combined"}
+    assert found["threshold"] == done["about"]["rules"][found["method"]]["threshold"]
     assert (tmp_path / "p.txt").is_file() and (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     assert command("evaluate", root, tmp_path / "p.csv", "--split", "test", "--json") == 0
     scores = json.loads(capsys.readouterr().out)
@@ -406,3 +407,9 @@ def test_a_checkpoint_of_other_preprocessing_brings_its_own(tmp_path, network, c
     assert command("detect", audio, "--shots", tmp_path / "a.csv", "--model", tmp_path / "m", "--output",
                    tmp_path / "e.csv", "--json") == 0
     assert json.loads(capsys.readouterr().out)["threshold"] == 0.5
+
+
+def test_combined_is_the_mean_of_prototypes_and_template(frames, network):
+    scores = score_recording(beep_recording(), frames, PREP, network, ["template", "combined", "prototypes"])
+    assert list(scores) == ["template", "combined", "prototypes"]
+    np.testing.assert_allclose(scores["combined"], (scores["prototypes"] + scores["template"]) / 2, atol=1e-12)

@@ -85,8 +85,8 @@ def bench_features(quick: bool = False) -> list[BenchResult]:
     return rows
 
 # %% ../../nbs/fewshot/bench.ipynb #7011ee81
-def bench_detect(quick: bool = False) -> BenchResult:
-    "Seconds to score an hour of frames with an encoder of full size and to find the events."
+def bench_detect(quick: bool = False) -> list[BenchResult]:
+    "Seconds to score an hour of frames and to find the events: an encoder of full size, and the kit's own detector."
     import os
 
     import torch
@@ -96,20 +96,26 @@ def bench_detect(quick: bool = False) -> BenchResult:
     from ssl_kit.fewshot.encoder import Encoder
     from ssl_kit.fewshot.episodes import Preprocessing
     from ssl_kit.fewshot.events import find_events
+    from ssl_kit.fewshot.shipped import shipped_encoder
+    from ssl_kit.fewshot.training import load_encoder
 
     torch.manual_seed(0)
-    prep, network, share = Preprocessing(), Encoder().eval(), 1 / 60 if quick else 1.0
-    rate = prep.feature.frame_rate_hz
+    own, own_prep, about = load_encoder(shipped_encoder())
+    share, rate = 1 / 60 if quick else 1.0, own_prep.feature.frame_rate_hz
     frames = np.random.default_rng(0).standard_normal((round(3600 * share * rate), 128)).astype(np.float32)
     shots = tuple(Event(2.0 * k, 2.0 * k + 0.2, ("POS",)) for k in range(5))
     recording = Recording(Path("hour.wav"), 3600.0 * share, ("Q",), shots)
-    precision = scoring_precision()
-    load, wall, cpu = os.getloadavg()[0], time.perf_counter(), time.process_time()
-    score = score_recording(recording, frames, prep, network, ["prototypes"], precision=precision)["prototypes"]
-    events = find_events(score, shots, rate)
-    wall, cpu = (time.perf_counter() - wall) / share, (time.process_time() - cpu) / share
-    return compare("detect_hour", wall, "s per hour of audio", None, None, DETECT_TARGET_S, "value",
-                   detail={"encoder": "v1, full size, 17-frame windows", "precision": str(precision or torch.float32),
-                           "threads": torch.get_num_threads(), "cores": os.cpu_count(), "cpu_s": cpu,
-                           "load_before": load, "compared_with": "the 60 s allowed", "events": len(events),
-                           "measured_s_of_audio": 3600 * share})
+    precision, rows = scoring_precision(), []
+    for name, network, prep, method in (("detect_hour", Encoder().eval(), Preprocessing(), "prototypes"),
+                                        ("detect_hour_shipped", own, own_prep, about["method"])):
+        load, wall, cpu = os.getloadavg()[0], time.perf_counter(), time.process_time()
+        score = score_recording(recording, frames, prep, network, [method], precision=precision)[method]
+        events = find_events(score, shots, rate)
+        wall, cpu = (time.perf_counter() - wall) / share, (time.process_time() - cpu) / share
+        rows.append(compare(
+            name, wall, "s per hour of audio", None, None, DETECT_TARGET_S, "value",
+            detail={"encoder": f"v1, channels {network.config.channels}, 17-frame windows", "method": method,
+                    "precision": str(precision or torch.float32), "threads": torch.get_num_threads(),
+                    "cores": os.cpu_count(), "cpu_s": cpu, "load_before": load, "compared_with": "the 60 s allowed",
+                    "events": len(events), "measured_s_of_audio": 3600 * share}))
+    return rows

@@ -88,9 +88,9 @@ def _detect_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", default="fewshot_v1", metavar="FOLDER",
                      help="detector from `ssl-kit fewshot train` (fewshot_v1, which is part of the kit); "
                           "templates need none")
-    sub.add_argument("--method", choices=["prototypes", "plain", "cosine", "centred", "template", "whole",
-                                             "transductive"],
-                     help="(what the detector was made for: prototypes)")
+    sub.add_argument("--method", choices=["prototypes", "combined", "plain", "cosine", "centred", "template",
+                                             "whole", "transductive"],
+                     help="combined: prototypes and template (what was best on the detector's validation files)")
     sub.add_argument("--n-shots", type=int, default=5, metavar="N", help="calls to learn from (5)")
     sub.add_argument("--threshold", type=float, metavar="X", help="from 0 to 1 (chosen in training)")
     sub.add_argument("--output", metavar="CSV", help="table of events (NAME_events.csv in this folder)")
@@ -188,18 +188,21 @@ def _run_train(args: argparse.Namespace) -> int:
     store = FeatureStore(prep.feature, args.root, args.features)
     network, history, _ = train_encoder(folder / "training", recipe, train, store, args.time_limit, args.device,
                                         (lambda line: None) if args.json else print)
-    method = "plain" if args.no_negatives else "prototypes"
-    scores = score_split(val, store, prep, network, [method], precision=scoring_precision(), label="threshold")[method]
-    rule, f_val = choose_rule(val, scores, prep.feature.frame_rate_hz)
+    methods = ["plain"] if args.no_negatives else ["prototypes", "combined"]
+    scores = score_split(val, store, prep, network, methods, precision=scoring_precision(), label="threshold")
+    chosen = {name: choose_rule(val, scores[name], prep.feature.frame_rate_hz) for name in methods}
+    method = max(methods, key=lambda name: chosen[name][1])
+    rule, f_val = chosen[method]
     last, since = history[-1], epochs_without_best([row["valid_loss"] for row in history])[-1]
-    about = {"recipe": args.recipe, "method": method, "rules": {method: rule.as_dict()}, "f_validation": f_val,
+    about = {"recipe": args.recipe, "method": method, "f_validation": f_val,
+             "rules": {name: each.as_dict() for name, (each, _) in chosen.items()},
              "steps": last["step"], "of": recipe.steps, "seed": recipe.seed}
     save_encoder(folder, network, prep, about)
     done = last["step"] == recipe.steps or bool(recipe.stop_epochs and since >= recipe.stop_epochs)
     if args.json:
         print(json.dumps({"detector": str(folder), "complete": done, "history": history, "about": about}, indent=1))
     else:
-        print(f"detector in {folder}: F {100 * f_val:.1f} % on validation, threshold {rule.threshold:g}"
+        print(f"detector in {folder}: F {100 * f_val:.1f} % on validation, {method}, threshold {rule.threshold:g}"
               + ("" if done else f"; stopped at episode {last['step']} of {recipe.steps}, the same command goes on"))
     return 0 if done else 3
 

@@ -62,7 +62,7 @@ def find_events(score: np.ndarray, shots: Sequence[Event], frame_rate_hz: float,
 
 # %% ../../nbs/fewshot/events.ipynb #f83c24a3
 THRESHOLDS = (*(k / 25 for k in range(1, 25)), 0.98, 0.99)
-SHORTEST, BRIDGES = (0.2, 0.4, 0.6), (0.0, 0.3, 0.6, 1.0)
+SHORTEST, BRIDGES = (0.1, 0.2, 0.4, 0.6), (0.0, 0.3, 0.6, 1.0)
 TEMPLATE_RULE = EventRule(0.28, 0.2, 0.3)  # of template matching on log-mel frames, from the recorded soundscapes
 
 

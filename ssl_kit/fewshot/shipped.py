@@ -67,6 +67,11 @@ def _rows(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+_WHAT = {"prototypes": "Positive and negative prototypes",
+         "combined": "Positive and negative prototypes, averaged with a template of the shots",
+         "plain": "Distance to a prototype, no negatives"}
+
+
 def write_card(folder, tables) -> Path:
     """README.md of a shipped detector from its configuration and from `tables`, those of a run of `fewshot_evaluate`.
 
@@ -77,7 +82,8 @@ def write_card(folder, tables) -> Path:
     feature = record["preprocessing"]["feature"]
     size_mb = (folder / "model.safetensors").stat().st_size / 1e6
     gains = "; ".join(f"over `{row['other']}` {float(row['difference']):.1f} [{float(row['low']):.1f}, "
-                      f"{float(row['high']):.1f}]" for row in _rows(tables / "differences.csv"))
+                      f"{float(row['high']):.1f}]" for row in _rows(tables / "differences.csv")
+                      if row["method"] == about["method"])
     facts = [("architecture", f"`ssl_kit.fewshot.encoder.Encoder`, {encoder['version']}, channels "
               f"{', '.join(map(str, encoder['channels']))}, 2,048 outputs; {size_mb:.1f} MB, half precision"),
              ("input", f"{feature['kind']}, {feature['n_mels']} mel bands {feature['fmin_hz']:g}–"
@@ -91,10 +97,10 @@ def write_card(folder, tables) -> Path:
              ("rule", f"chosen on validation soundscapes: {about['rules'][about['method']]}, F there "
               f"{100 * about['f_validation']:.1f} %"), ("licence", "the weights: MIT, as the kit")]
     text = [f"# {folder.name}: few-shot detector of calls", "", "Five calls of a recording in, all the others out. "
-            "Positive and negative prototypes (`ssl-kit fewshot detect`).", "", "| | |", "| --- | --- |",
+            f"{_WHAT[about['method']]} (`ssl-kit fewshot detect`).", "", "| | |", "| --- | --- |",
             *(f"| {what} | {value} |" for what, value in facts if value.strip(" ,`")), "", "## What it reaches", "",
             about.get("tested_on", "Test soundscapes") + ". F in percent with 95 % intervals over recordings; `all` "
             "is the harmonic mean over subsets.", "", results_table(_rows(tables / "methods.csv")), "",
-            f"`prototypes` is this detector. Points of F, paired over recordings: {gains}.", "", "## Limits", "",
+            f"`{about['method']}` is this detector. Points of F, paired over recordings: {gains}.", "", "## Limits", "",
             about.get("limits", ""), "", "Validation by episode is in `history.json`.", ""]
     return write_text(folder / "README.md", "\n".join(text))
