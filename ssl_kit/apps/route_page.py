@@ -23,8 +23,8 @@ from ..arrays.geometry import ArrayGeometry, list_arrays, load_geometry
 from ..lab.audio import audio_info, write_audio
 from ..lab.errors import DataError, MissingDataError, ParameterError, SslKitError
 from ..lab.figures import render_figure
+from ..lab.widgets import player_html
 from ..localize.protocol import read_for_array
-from ..routing.explorer import player_html
 from ..routing.figures import label_of
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from html import escape
 
 import numpy as np
 
-from ..lab.errors import DataError, MissingDataError, ParameterError
-from ..lab.figures import new_figure, render_figure
+from ..lab.errors import DataError, ParameterError
+from ..lab.figures import new_figure
+from ..lab.widgets import load_widgets, png_of
 from .covariance import effective_factor
 from .metrics import peak_to_sidelobe_db
 from .sample_covariance import sample_factor
@@ -56,16 +57,6 @@ def slice_figure(map_db: np.ndarray, grid: PlaneGrid, range_m: float, sources: n
     return fig
 
 # %% ../../nbs/nearfield/explorer.ipynb #cf1fbe3b
-def _widgets():
-    "ipywidgets, or MissingDataError that says how to get it."
-    try:
-        import ipywidgets
-    except ImportError as error:
-        raise MissingDataError("the explorer needs ipywidgets, which is not installed: pip install 'ipywidgets>=8,<9' "
-                               "jupyterlab") from error
-    return ipywidgets
-
-
 class SliceExplorer:
     """A panel for JupyterLab over the scenes of a batch.
 
@@ -84,7 +75,7 @@ class SliceExplorer:
         self.batch, self.factors, self.grid = batch, dict(factors), grid or PlaneGrid(121, 61)
         self.ranges_m = SearchConfig(grid=self.grid, n_ranges=n_ranges).ranges_m
         self._slices: dict[tuple[int, str], np.ndarray] = {}
-        self._build(_widgets())
+        self._build(load_widgets())
         self.scene_changed()
 
     def _build(self, w) -> None:
@@ -133,16 +124,11 @@ class SliceExplorer:
 
     def refresh(self) -> None:
         "Picture and numbers of the present choice."
-        import matplotlib.pyplot as plt
-
         slices, truth = self.slices(), self.batch.truth(self.scene.value)
         range_m = float(self.ranges_m[self.range.value])
         self.map_db = slices[self.range.value]
-        figure = slice_figure(self.map_db, self.grid, range_m, truth, float(slices.max()), self.span.value)
-        try:
-            self.picture.value = render_figure(figure, "png")
-        finally:
-            plt.close(figure)
+        self.picture.value = png_of(slice_figure(self.map_db, self.grid, range_m, truth, float(slices.max()),
+                                                 self.span.value))
         ratio = peak_to_sidelobe_db(10 ** (slices.max(axis=0) / 10), self.grid.phi_deg, self.grid.theta_deg, truth)
         peak = np.unravel_index(self.map_db.argmax(), self.map_db.shape)
         rows = "".join(f"<tr><td>{np.degrees(p):.1f}°</td><td>{np.degrees(t):.1f}°</td><td>{r:.2f} m</td></tr>"
