@@ -52,7 +52,7 @@ def spectrograms_figure(signals: Mapping[str, np.ndarray], sample_rate: int = 16
         if len(part) < _N_FFT:
             raise DataError(f"{name}: expected at least {_N_FFT} samples from {start_s} s on, found {len(part)}")
         pictures[name] = pooled(np.abs(stft(part, _N_FFT, _HOP)) ** 2, 86, 120)
-    top = pictures.get("clean", next(iter(pictures.values()))).max()
+    top = max(float(pictures.get("clean", next(iter(pictures.values()))).max()), 1e-12)  # silence too has a picture
     levels = {name: np.maximum(10 * np.log10(power / top + 1e-12), -_RANGE_DB) for name, power in pictures.items()}
     shape = next(iter(levels.values())).shape
     time_s = start_s + (np.arange(shape[1]) + 0.5) * seconds / shape[1]

@@ -127,12 +127,14 @@ def settled_layout(fig: "matplotlib.figure.Figure") -> Iterator[None]:
         fig.set_layout_engine(engine)
 
 
-def render_figure(fig: "matplotlib.figure.Figure", fmt: str) -> bytes:
-    "The figure as bytes of `fmt` (pdf, png or svg), the same bytes for the same figure."
+def render_figure(fig: "matplotlib.figure.Figure", fmt: str, settled: bool = True) -> bytes:
+    """The figure as bytes of `fmt` (pdf, png or svg), the same bytes for the same figure.
+
+    settled: drawn until nothing moves; False, once: a third of the time, for a slider that waits."""
     if fmt not in _METADATA:
         raise ParameterError(f"format {fmt!r}: expected one of {', '.join(_METADATA)}")
     buffer = io.BytesIO()
-    with figure_style(), settled_layout(fig):
+    with figure_style(), settled_layout(fig) if settled else contextlib.nullcontext():
         fig.savefig(buffer, format=fmt, metadata=_METADATA[fmt])
     return buffer.getvalue()
 

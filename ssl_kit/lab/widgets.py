@@ -33,16 +33,23 @@ def png_of(figure: "matplotlib.figure.Figure") -> bytes:
     import matplotlib.pyplot as plt
 
     try:
-        return render_figure(figure, "png")
+        return render_figure(figure, "png", settled=False)
     finally:
         plt.close(figure)
 
 
-def player_html(samples: np.ndarray, sample_rate: int) -> str:
-    "An audio player with the first channel of samples (sample,) or (mic, sample), at most full scale, inside."
+def player_html(samples: np.ndarray, sample_rate: int, peak: float | None = None) -> str:
+    """An audio player with the first channel of samples (sample,) or (mic, sample) inside.
+
+    peak: what is played at full scale, for sounds to be compared, what exceeds it is clipped; None: the loudest sample.
+    """
     from IPython.display import Audio
 
     samples = np.atleast_2d(np.asarray(samples, np.float64))
     if samples.ndim != 2 or not samples.size or not np.isfinite(samples).all():
         raise DataError(f"listen: expected finite samples (sample,) or (mic, sample), found shape {samples.shape}")
-    return Audio(samples[0], rate=int(sample_rate), normalize=bool(np.any(samples[0])))._repr_html_()
+    if peak is None:
+        return Audio(samples[0], rate=int(sample_rate), normalize=bool(np.any(samples[0])))._repr_html_()
+    if not peak > 0:
+        raise DataError(f"listen: expected a peak above 0, found {peak}")
+    return Audio(np.clip(samples[0] / peak, -1, 1), rate=int(sample_rate), normalize=False)._repr_html_()

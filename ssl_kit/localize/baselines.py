@@ -16,7 +16,7 @@ from .protocol import AzimuthTrack, check_recording
 from .srp_grid import DirectionGrid, band_bins, peak_azimuth_deg
 
 # %% auto #0
-__all__ = ['BaselineConfig', 'band_spectra', 'MUSIC', 'MVDR', 'GCCLeastSquares']
+__all__ = ['BaselineConfig', 'band_spectra', 'MUSIC', 'capon_map', 'MVDR', 'GCCLeastSquares']
 
 # %% ../../nbs/localize/baselines.ipynb #c8e6e4b7
 @dataclass(frozen=True)
@@ -87,6 +87,23 @@ class MUSIC(_Baseline):
         return _peak_track(np.asarray(peer.grid.values, dtype=np.float64), "music", self.grid)
 
 # %% ../../nbs/localize/baselines.ipynb #0e3aa68c
+def capon_map(spectra, omega, geometry: ArrayGeometry, grid: DirectionGrid, loading: float = 1e-3,
+              speed_of_sound: float = SPEED_OF_SOUND) -> np.ndarray:
+    """Capon's spectrum (freq, direction) of spectra (mic, freq, frame) at omega (freq,) in rad/s, each frequency's
+    largest 1; zeros for a silent one. loading: share of the mean power per mic."""
+    x = spectra.astype(np.complex128).transpose(1, 0, 2)
+    covariance = x @ x.conj().transpose(0, 2, 1) / x.shape[2]
+    power = np.trace(covariance, axis1=1, axis2=2).real / geometry.n_mics
+    heard = power > 0
+    delay_s = grid.unit_vectors @ geometry.positions_m.T / speed_of_sound
+    steering = np.exp(1j * omega[heard, None, None] * delay_s.T)  # (freq, mic, direction)
+    root = np.linalg.cholesky(covariance[heard] / power[heard, None, None] + loading * np.eye(geometry.n_mics))
+    spectrum = 1.0 / np.square(np.abs(np.linalg.solve(root, steering))).sum(axis=1)
+    whole = np.zeros((len(omega), len(grid.unit_vectors)))
+    whole[heard] = spectrum / spectrum.max(axis=1, keepdims=True)
+    return whole
+
+
 class MVDR(_Baseline):
     "Capon's spectrum averaged over the band; `loading` is a share of the mean power per mic."
 
@@ -98,15 +115,8 @@ class MVDR(_Baseline):
 
     def _locate(self, samples, geometry, sample_rate):
         spectra, omega = band_spectra(samples, sample_rate, self.config)
-        x = spectra.astype(np.complex128).transpose(1, 0, 2)
-        covariance = x @ x.conj().transpose(0, 2, 1) / x.shape[2]
-        power = np.trace(covariance, axis1=1, axis2=2).real / geometry.n_mics
-        covariance = covariance[power > 0] / power[power > 0, None, None]
-        delay_s = self.grid.unit_vectors @ geometry.positions_m.T / self.config.speed_of_sound
-        steering = np.exp(1j * omega[power > 0, None, None] * delay_s.T)  # (freq, mic, direction)
-        root = np.linalg.cholesky(covariance + self.loading * np.eye(geometry.n_mics))
-        spectrum = 1.0 / np.square(np.abs(np.linalg.solve(root, steering))).sum(axis=1)
-        return _peak_track((spectrum / spectrum.max(axis=1, keepdims=True)).mean(axis=0), "mvdr", self.grid)
+        score = capon_map(spectra, omega, geometry, self.grid, self.loading, self.config.speed_of_sound)
+        return _peak_track(score[score.max(axis=1) > 0].mean(axis=0), "mvdr", self.grid)
 
 # %% ../../nbs/localize/baselines.ipynb #d12ae757
 _LAGS_PER_SAMPLE = 16  # of the correlation, before the parabola
