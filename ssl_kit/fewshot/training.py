@@ -180,7 +180,8 @@ def load_encoder(folder, preprocessing: Preprocessing | None = None) -> tuple[En
             raise ValueError(f"kind {record['kind']!r}")
         network, made_for = Encoder(EncoderConfig(**record["encoder"])), Preprocessing(**record["preprocessing"])
         expected = record["sha256"]
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError,
+            AssertionError) as error:
         raise CheckpointError(f"{config}: expected the configuration of a few-shot encoder, found {error!r}") from error
     if preprocessing is not None and preprocessing != made_for:
         ours, theirs = preprocessing.as_dict(), made_for.as_dict()

@@ -63,8 +63,9 @@ def load_checkpoint(folder) -> tuple[torch.nn.Module, dict]:
         network = network_class(about.get("kind", "crnn"))
         known = {field.name for field in fields(network.config_class)}
         model = network(network.config_class(**{k: v for k, v in about["model"].items() if k in known}))
-        expected_hash = about["sha256"]
-    except (SslKitError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        expected_hash = str(about["sha256"])
+    except (SslKitError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError,
+            AssertionError) as error:
         raise CheckpointError(f"{config}: expected the configuration of a network, found {error!r}") from error
     if set(about["model"]) - known:
         raise CheckpointError(f"{config}: unknown settings {sorted(set(about['model']) - known)}; "

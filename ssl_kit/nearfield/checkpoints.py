@@ -62,8 +62,9 @@ def load_checkpoint(folder) -> tuple[torch.nn.Module, dict]:
             raise MissingDataError(f"{path}: expected a checkpoint folder with model.safetensors and config.json")
     try:
         about = read_json(config)
-        network, expected = _made(about["kind"], about["model"]), about["sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        network, expected = _made(about["kind"], about["model"]), str(about["sha256"])
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError,
+            AssertionError) as error:
         raise CheckpointError(f"{config}: expected the configuration of a near-field network, found "
                               f"{error!r}") from error
     found = sha256_file(weights)
