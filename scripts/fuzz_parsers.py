@@ -371,7 +371,7 @@ class Tried:
             place = traceback.extract_tb(error.__traceback__)[-1]
             self._note(data, f"{type(error).__name__}: {str(error)[:100]} ({Path(place.filename).name}:{place.lineno})")
         path.unlink(missing_ok=True)
-        left = list(self.folder.iterdir())
+        left = [other for other in self.folder.iterdir() if not other.name.startswith("torchinductor")]  # its cache
         if left:
             self._note(data, f"files left: {[other.name for other in left]}")
             for other in left:
