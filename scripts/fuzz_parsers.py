@@ -17,6 +17,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -338,12 +339,20 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
 
 
 class Tried:
-    """Counts of one reader, and inputs that made it crash."""
+    """Counts of one reader, and inputs that made it crash; in a `with`, for its folder is gone at the end."""
 
     def __init__(self, target: Target, keep: Path | None = None):
         self.target, self.keep = target, keep
         self.n, self.n_read, self.crashes = 0, 0, []
         self.folder = Path(tempfile.mkdtemp())
+        self._before, tempfile.tempdir = tempfile.tempdir, str(self.folder)  # what a reader leaves there is seen too
+
+    def __enter__(self) -> "Tried":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        tempfile.tempdir = self._before
+        shutil.rmtree(self.folder)
 
     def once(self, data: bytes) -> None:
         """Read `data` as a file; what is neither read nor refused by one of the kit's errors is noted."""
@@ -362,11 +371,11 @@ class Tried:
             place = traceback.extract_tb(error.__traceback__)[-1]
             self._note(data, f"{type(error).__name__}: {str(error)[:100]} ({Path(place.filename).name}:{place.lineno})")
         path.unlink(missing_ok=True)
-        left = [other.name for other in self.folder.iterdir()]
+        left = [other for other in self.folder.iterdir() if not other.name.startswith("torchinductor")]  # its cache
         if left:
-            self._note(data, f"files left: {left}")
-            for name in left:
-                (self.folder / name).unlink()
+            self._note(data, f"files left: {[other.name for other in left]}")
+            for other in left:
+                shutil.rmtree(other) if other.is_dir() else other.unlink()
 
     def _note(self, data: bytes, what: str) -> None:
         kind = what.split(":")[0] + what[what.rfind("("):]
@@ -385,40 +394,55 @@ class Tried:
 def try_target(target: Target, seconds: float = 10.0, n_max: int | None = None, seed: int = 0,
                keep: Path | None = None) -> dict:
     """Mutations of the examples, until the time or the number is up."""
-    examples, rng, tried = target.examples(), random.Random(seed), Tried(target, keep)
+    examples, rng = target.examples(), random.Random(seed)
     deadline = time.monotonic() + seconds
-    for data in examples:
-        tried.once(data)
-    if tried.n_read != len(examples) or tried.crashes:
-        raise SystemExit(f"{target.name}: the examples themselves must be readable; {tried.row()}")
-    while time.monotonic() < deadline and (n_max is None or tried.n < n_max):
-        tried.once(mutated(rng, rng.choice(examples)))
-    return tried.row()
+    with Tried(target, keep) as tried:
+        for data in examples:
+            tried.once(data)
+        if tried.n_read != len(examples) or tried.crashes:
+            raise SystemExit(f"{target.name}: the examples themselves must be readable; {tried.row()}")
+        while time.monotonic() < deadline and (n_max is None or tried.n < n_max):
+            tried.once(mutated(rng, rng.choice(examples)))
+        return tried.row()
 
 
 def guided(target: Target, seconds: float, keep: Path | None) -> None:
     """The same guided by coverage of the package; prints a line of JSON at the end. Runs in a process of its own."""
     import atheris
 
+    corpus = Path(tempfile.mkdtemp())                                # in the folder that the caller removes
     with atheris.instrument_imports(include=["ssl_kit", "yaml", "csv"], enable_loader_override=False):
         examples, tried = target.examples(), Tried(target, keep)
         for data in examples:
             tried.once(data)
-    with tempfile.TemporaryDirectory() as corpus:
-        for k, data in enumerate(examples):
-            (Path(corpus) / str(k)).write_bytes(data)
-        end = time.monotonic() + seconds
+    for k, data in enumerate(examples):
+        (corpus / str(k)).write_bytes(data)
+    end = time.monotonic() + seconds
 
-        def one(data: bytes) -> None:
-            tried.once(data)
-            if time.monotonic() > end:
-                print(json.dumps(tried.row()), flush=True)
-                os._exit(0)
+    def one(data: bytes) -> None:
+        tried.once(data)
+        if time.monotonic() > end:
+            print(json.dumps(tried.row()), flush=True)
+            os._exit(0)                                              # libFuzzer itself knows no end
 
-        with contextlib.redirect_stdout(sys.stderr):
-            atheris.Setup([sys.argv[0], corpus, "-rss_limit_mb=0", "-verbosity=0", "-len_control=0",
-                           f"-max_len={2 * max(map(len, examples))}", "-timeout=60"], one)
-        atheris.Fuzz()
+    with contextlib.redirect_stdout(sys.stderr):
+        atheris.Setup([sys.argv[0], str(corpus), "-rss_limit_mb=0", "-verbosity=0", "-len_control=0",
+                       f"-artifact_prefix={keep or corpus}/", f"-max_len={2 * max(map(len, examples))}",
+                       "-timeout=60"], one)
+    atheris.Fuzz()
+
+
+def guided_elsewhere(target: Target, seconds: float, keep: Path | None) -> dict:
+    """guided() in a process and a folder of its own; a process that ends without its line is a crash."""
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--this-process", "--only", target.name, "--seconds", str(seconds)]
+        done = subprocess.run(command + (["--keep", str(keep)] if keep else []), capture_output=True, text=True,
+                              env=os.environ | {"TMPDIR": folder})
+    found = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(found[-1]) if found else {"reader": target.name, "tried": 0, "read": 0, "refused": 0,
+                                                "crashes": [f"the process ended: {done.stderr[-300:]}"]}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -427,24 +451,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="for each reader (10)")
     parser.add_argument("--only", action="append", choices=[target.name for target in TARGETS], help="these alone")
     parser.add_argument("--guided", action="store_true", help="guided by coverage; needs atheris")
+    parser.add_argument("--this-process", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for inputs that crash a reader")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(arguments)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     chosen = [target for target in TARGETS if not args.only or target.name in args.only]
+    if args.this_process:
+        guided(chosen[0], args.seconds, args.keep)
     rows = []
     for target in chosen:
-        if args.guided and len(chosen) > 1:
-            command = [sys.executable, __file__, "--guided", "--only", target.name, "--seconds", str(args.seconds)]
-            done = subprocess.run(command + (["--keep", str(args.keep)] if args.keep else []), capture_output=True,
-                                  text=True)
-            found = [line for line in done.stdout.splitlines() if line.startswith("{")]
-            rows.append(json.loads(found[-1]) if found else
-                        {"reader": target.name, "tried": 0, "read": 0, "refused": 0,
-                         "crashes": [f"the process ended: {done.stderr[-300:]}"]})
-        elif args.guided:
-            guided(target, args.seconds, args.keep)
+        if args.guided:
+            rows.append(guided_elsewhere(target, args.seconds, args.keep))
         else:
             rows.append(try_target(target, args.seconds, seed=args.seed, keep=args.keep))
         if not args.json:

@@ -3,9 +3,11 @@
     python scripts/hard_knocks.py                                     # 20 kills, and the rest, on a small stage
     python scripts/hard_knocks.py --stage routing_study --kills 20    # of a real chain of stages, at profile ci
 
-Every fault is done to `ssl-kit run STAGE` in a folder of its own, and the numbers that come out at the end are
-compared with those of a run that nobody disturbed. "lost" counts runs that ended with other numbers, or never;
-"left" counts temporary files after the end. Prints a table; ends with 1 when anything was lost or left.
+Faults of a machine are done to `ssl-kit run STAGE` in a folder of its own, and the numbers that come out at the end
+are compared with those of a run that nobody disturbed. Files that the kit reads are damaged at a random place and read:
+the file must be named, or what is read must be the same. What comes from strangers is tried by the tests of the
+package, of which each counts. "lost" counts runs that ended with other numbers, or never, and files that were read as
+something else; "left" counts temporary files after the end. Prints a table; ends with 1 when anything was lost or left.
 """
 
 import argparse
@@ -19,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +83,7 @@ def kill_all(process: subprocess.Popen) -> None:
 
 def kills(ground, wanted, seconds, rng, times):
     """kill -9 at random moments, again and again until it was done so often; then to the end."""
-    done = survived = lost = 0
+    done = lost = 0
     while done < times:
         process = ground.start()
         try:
@@ -89,7 +93,6 @@ def kills(ground, wanted, seconds, rng, times):
             done += 1
             listed = subprocess.run([sys.executable, "-m", "ssl_kit.lab.cli", "list"], env=ground.environment(),
                                     capture_output=True, cwd=ground.runs.parent)
-            survived += listed.returncode == 0
             lost += listed.returncode != 0
             continue
         if done < times:                                             # it came to its end before the kill: once more
@@ -100,7 +103,7 @@ def kills(ground, wanted, seconds, rng, times):
     if code or found != wanted:
         print(said[-500:], file=sys.stderr)
         lost += 1
-    return done, survived - lost if lost else survived, lost
+    return done, max(0, done - lost), lost
 
 
 def two_at_once(ground, wanted, seconds, rng, times):
@@ -175,6 +178,16 @@ def clock_jumps(ground, wanted, seconds, rng, times):
     return min(times, 3), survived, min(times, 3) - survived
 
 
+def damage(path: Path, rng: random.Random) -> None:
+    """Turn a bit somewhere, or cut off the end."""
+    data = bytearray(path.read_bytes())
+    if rng.random() < 0.5:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    else:
+        del data[rng.randrange(len(data)):]
+    path.write_bytes(data)
+
+
 def damaged_files(ground, wanted, seconds, rng, times):
     """A bit of a file of a finished run turned, or its end gone: made anew or named, and never other numbers."""
     assert ground.finish()[1] == wanted
@@ -185,12 +198,7 @@ def damaged_files(ground, wanted, seconds, rng, times):
         shutil.rmtree(ground.runs)
         shutil.copytree(whole, ground.runs)
         path = rng.choice(sorted(path for path in ground.runs.rglob("*") if path.is_file() and path.stat().st_size))
-        data = bytearray(path.read_bytes())
-        if rng.random() < 0.5:
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        else:
-            del data[rng.randrange(len(data)):]
-        path.write_bytes(data)
+        damage(path, rng)
         code, found, said = ground.finish()
         named = code == 2 and "Traceback" not in said and path.name in said
         good = named or (code == 0 and found == wanted)
@@ -202,13 +210,121 @@ def damaged_files(ground, wanted, seconds, rng, times):
     return times, survived, times - survived
 
 
-FAULTS = (("kill -9", kills, 20), ("two at once", two_at_once, 3), ("full disk", full_disk, 5),
-          ("read-only folder", read_only, 1), ("clock jump", clock_jumps, 3), ("damaged files", damaged_files, 20))
+def _checkpoint(folder: Path) -> tuple[Path, Callable]:
+    """A shipped network: its weights are damaged."""
+    from ssl_kit.localize.checkpoints import load_checkpoint, shipped_checkpoint
+
+    shutil.copytree(shipped_checkpoint("geonet"), folder / "net")
+    return folder / "net" / "model.safetensors", lambda: {
+        name: value.numpy().tobytes() for name, value in load_checkpoint(folder / "net")[0].state_dict().items()}
 
 
-def campaign(stage: str | None, n_kills: int, seed: int, only: list[str] | None, share: float = 1.0) -> list[dict]:
+def _bank(folder: Path) -> tuple[Path, Callable]:
+    from ssl_kit.routing.bank import load_bank, save_bank
+    from ssl_kit.routing.synthetic import synthetic_bank
+
+    bank, _ = synthetic_bank(n=20, n_frames=2, n_features=64)
+    save_bank(bank, folder / "bank.npz")
+    return folder / "bank.npz", lambda: {name: str(value) if not hasattr(value, "tobytes") else value.tobytes()
+                                         for name, value in vars(load_bank(folder / "bank.npz")).items()}
+
+
+def _shard(folder: Path) -> tuple[Path, Callable]:
+    from ssl_kit.nearfield.scenes import SceneConfig, draw_scenes
+    from ssl_kit.nearfield.shards import read_shard, write_shard
+
+    write_shard(folder / "shard.npz", draw_scenes(SceneConfig(), 0, range(2)))
+    return folder / "shard.npz", lambda: [value.tobytes() if hasattr(value, "tobytes") else str(value)
+                                          for value in vars(read_shard(folder / "shard.npz")).values()]
+
+
+def _index(folder: Path) -> tuple[Path, Callable]:
+    """The index of a folder of runs, of which one was made by hand."""
+    from ssl_kit.lab.files import write_json
+    from ssl_kit.lab.index import indexed_runs
+
+    for k in range(3):
+        run = folder / "runs" / "toy" / f"{k:012x}"
+        run.mkdir(parents=True)
+        write_json(run / "status.json", {"state": "finished"})
+        write_json(run / "params.json", {"seed": k})
+        write_json(run / "metrics.json", {"headline": [{"label": "n", "value": k}]})
+
+    def read():
+        os.environ["SSL_KIT_RUNS"] = str(folder / "runs")
+        return indexed_runs()
+
+    read()
+    return folder / "runs" / "index.sqlite", read
+
+
+def damaged(make: Callable) -> Callable:
+    """A fault that damages what `make` makes: the error names the file, or what is read is what was written."""
+
+    def fault(ground, wanted, seconds, rng, times):
+        from ssl_kit.lab.errors import SslKitError
+
+        folder = ground.runs
+        path, read = make(folder)
+        whole, expected, survived = path.read_bytes(), read(), 0
+        for _ in range(times):
+            path.write_bytes(whole)
+            damage(path, rng)
+            try:
+                good = read() == expected
+                said = "read as something else"
+            except SslKitError as error:
+                said = str(error)
+                good = path.name in said
+            except Exception as error:
+                said, good = repr(error), False
+            if not good:
+                print(f"{path.name}: {said[:300]}", file=sys.stderr)
+            survived += good
+        return times, survived, times - survived
+
+    return fault
+
+
+def tested(*arguments: str, tries: int | None = None) -> Callable:
+    """A fault that tests of the package try; each counts, or as many as one test tries."""
+
+    def fault(ground, wanted, seconds, rng, times):
+        report = ground.runs / "report.xml"
+        done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}",
+                               f"--basetemp={ground.runs / 'tests'}", *arguments], cwd=ROOT, text=True,
+                              env=ground.environment(), capture_output=True)
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+        n, skipped = int(suite.get("tests")), int(suite.get("skipped"))
+        bad = int(suite.get("failures")) + int(suite.get("errors"))
+        if bad or n == skipped:
+            print(done.stdout[-1500:], file=sys.stderr)
+        if n == skipped:
+            return SKIPPED, "needs packages that are not here", 0
+        n_tries = tries or n - skipped
+        return n_tries, n_tries - bad, bad
+
+    return fault
+
+
+MACHINE = (("kill -9", kills, 20), ("two at once", two_at_once, 3), ("full disk", full_disk, 5),
+           ("read-only folder", read_only, 1), ("clock jump", clock_jumps, 3),
+           ("damaged files of runs", damaged_files, 20))
+FILES = (("damaged checkpoint", damaged(_checkpoint), 100), ("damaged bank", damaged(_bank), 100),
+         ("damaged shard", damaged(_shard), 100), ("damaged run index", damaged(_index), 100),
+         ("damaged manifest", tested("tests/test_data_manifests.py", "-k", "fit_is_named or broken"), 1))
+STRANGERS = (("archives that try to escape",
+              tested("tests/test_data_extract.py", "-k", "leave_the_folder or links or bombs or forged or doubled"), 1),
+             ("code in a parameter", tested("tests/test_lab_runs.py", "tests/test_lab_parameters.py", "-k",
+                                            "code or never_executed"), 1),
+             ("pickles with code", tested("tests/test_faults.py", "tests/test_routing_bank.py", "-k", "pickle"), 1),
+             ("fifty uploads at once, hostile names",
+              tested("--slow", "tests/test_demo.py", "-k", "fifty", tries=50), 1))
+FAULTS = (*MACHINE, *FILES, *STRANGERS)
+
+
+def campaign(stage: str | None, n_kills: int, seed: int, only: list[str] | None, share: float = 1.0) -> Iterator[dict]:
     """All faults in turn; a row for each."""
-    rows = []
     with tempfile.TemporaryDirectory() as top:
         stages, values = ROOT / "nbs" / "stages", []
         if stage is None:
@@ -233,8 +349,7 @@ def campaign(stage: str | None, n_kills: int, seed: int, only: list[str] | None,
             times = n_kills if fault is kills else max(1, round(times * share))
             ground = Ground(stage, values, stages, Path(top) / name.replace(" ", "_") / "runs")
             tried, survived, lost = fault(ground, wanted, seconds, random.Random(seed), times)
-            rows.append({"fault": name, "tried": tried, "survived": survived, "lost": lost, "left": ground.left()})
-    return rows
+            yield {"fault": name, "tried": tried, "survived": survived, "lost": lost, "left": ground.left()}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -248,18 +363,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    rows = []
+    if not args.json:
+        print("| fault | tried | survived | lost | left |\n| --- | --- | --- | --- | --- |", flush=True)
     try:
-        rows = campaign(args.stage, args.kills, args.seed, args.only, args.share)
+        for row in campaign(args.stage, args.kills, args.seed, args.only, args.share):
+            rows.append(row)
+            if not args.json:
+                print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
     finally:
         for process in STARTED:
             if process.poll() is None:
                 kill_all(process)
     if args.json:
         print(json.dumps(rows, indent=1))
-    else:
-        print("| fault | tried | survived | lost | left |\n| --- | --- | --- | --- | --- |")
-        for row in rows:
-            print("| " + " | ".join(str(value) for value in row.values()) + " |")
     return int(any(row["lost"] or row["left"] for row in rows))
 
 

@@ -1,5 +1,7 @@
 """The command `ssl-kit`: start-up, help, errors, and the commands about runs."""
 
+import configparser
+import importlib.metadata
 import json
 import re
 import shutil
@@ -8,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from stage_notebooks import write_stage, write_toy
 
 from ssl_kit.lab import doctor
@@ -228,6 +231,31 @@ def test_doctor(lab, capsys, monkeypatch):
     monkeypatch.setenv("SSL_KIT_RUNS", str(lab / "file" / "runs"))
     monkeypatch.setattr(doctor, "check_gpu", lambda: doctor.Finding("gpu", "ok", "none"))
     assert "FAIL  runs" in answer(capsys, "doctor", code=1)
+
+
+def test_doctor_says_what_is_missing_and_how_to_get_it(lab, capsys, monkeypatch):
+    here = importlib.metadata.version
+
+    def hidden(name):
+        if name in ("soundfile", "gradio"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0" if name == "optuna" else here(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", hidden)
+    monkeypatch.setitem(sys.modules, "torch", None)                     # installed, and broken
+    said = answer(capsys, "doctor", code=1)
+    assert "FAIL  soundfile        not installed\n      -> pip install 'soundfile<1,>=0.12'" in said
+    assert "ok    gradio           not installed (optional)\n      -> for the live pages" in said
+    assert "pip install 'gradio<7,>=6.20'" in said and "WARN  optuna           1.0\n" in said
+    assert "FAIL  gpu" in said and "pip install --force-reinstall torch" in said
+
+
+def test_doctor_knows_every_extra():
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    offered = {Requirement(text).name for key, texts in settings["DEFAULT"].items() for text in texts.split()
+               if key.endswith("_requirements") and not key.startswith(("dev", "docs"))}
+    assert set(doctor.EXTRAS) == offered
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

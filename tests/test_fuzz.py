@@ -1,10 +1,13 @@
 """Readers of files against bytes that nobody meant; scripts/fuzz_parsers.py does the same for as long as one likes."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
+
+from ssl_kit.lab.errors import SslKitError
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "fuzz_parsers.py"
 spec = importlib.util.spec_from_file_location("fuzz_parsers", SCRIPT)
@@ -30,3 +33,48 @@ def test_a_reader_that_crashes_is_caught(tmp_path):
     row = fuzz.try_target(target, seconds=5.0, n_max=50, keep=tmp_path / "kept")
     assert [what.split(":")[0] for what in row["crashes"]] == ["KeyError", "files left"]
     assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+CHECKPOINTS = SCRIPT.parent.parent / "ssl_kit" / "assets" / "checkpoints"
+LOADERS = {"enhance": ("enhance", "checkpoints", "load_checkpoint"), "nearfield": ("nearfield", "checkpoints",
+           "load_checkpoint"), "fewshot": ("fewshot", "training", "load_encoder")}
+STRANGE = (0, -1, 1.5, "x", None, [])
+
+
+def numbers(tree, path=()):
+    """Paths to all numbers, flags and words of the description of a network."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from numbers(value, (*path, key))
+    elif isinstance(tree, int | float | str | None):
+        yield path
+
+
+@pytest.mark.parametrize("name", sorted(
+    path.name for path in CHECKPOINTS.iterdir() if path.name not in ("enhance_final_causal", "ipdnet_6cm-5")))
+def test_no_value_in_a_configuration_brings_out_another_error(tmp_path, name):
+    """Each value of a network's shape in turn replaced by what it can't be: `groups: 0` was a division by zero."""
+    import importlib
+
+    track, module, function = LOADERS.get(name.split("_")[0], ("localize", "checkpoints", "load_checkpoint"))
+    load = getattr(importlib.import_module(f"ssl_kit.{track}.{module}"), function)
+    source, folder = CHECKPOINTS / name, tmp_path / name
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(source / "model.safetensors")
+    whole = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    shape = {key: whole[key] for key in ("kind", "model", "config", "network", "sha256") if key in whole}
+    n_refused = 0
+    for path in numbers(shape):
+        for value in STRANGE:
+            changed = json.loads(json.dumps(whole))
+            at = changed
+            for key in path[:-1]:
+                at = at[key]
+            at[path[-1]] = value
+            (folder / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+            try:
+                load(folder)
+            except SslKitError as error:
+                assert name in str(error)
+                n_refused += 1
+    assert n_refused > 5

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -243,6 +244,49 @@ def test_the_index_is_made_from_the_folders(lab, executed):
     for path in sorted(runs[2].folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     assert len(indexed_runs()) == 2
+
+
+def test_no_turned_bit_of_the_index_is_believed(lab, executed):
+    """A bit inside a text or a number, or in the words of the schema: the database itself does not notice."""
+    for seed in (1, 2, 3):
+        carry_out(planned_toy(f"seed={seed}"))
+    rows, index, rng = indexed_runs(), lab / "runs" / "index.sqlite", random.Random(0)
+    whole = index.read_bytes()
+    used = [at for at, byte in enumerate(whole) if byte]
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[rng.choice(used)] ^= 1 << rng.randrange(8)
+        index.write_bytes(damaged)
+        assert indexed_runs() == rows
+    assert len(executed) == 3
+
+
+@pytest.mark.parametrize("status", [[], {"state": ["finished"]}, {"state": "finished", "wall_s": "long"},
+                                    {"state": "finished", "wall_s": 10**40}, {"state": "finished", "started": {}}])
+def test_a_status_of_another_kind_is_unreadable_alone(lab, executed, status):
+    one, two = (carry_out(planned_toy(f"seed={seed}"))[0] for seed in (1, 2))
+    write_json(one.folder / "status.json", status)
+    assert sorted(row["state"] for row in indexed_runs()) == ["finished", "unreadable"]
+
+
+def test_a_parameter_brings_no_code(lab):
+    """What would be code, a cell's end, a magic or a shell command arrives in the kernel as the text that it is."""
+    made = lab / "made"
+    payloads = [f"'); open({str(made)!r}, 'w'); ('", f'"""\nopen({str(made)!r}, "w")\n"""', f"!touch {made}",
+                f"%sx touch {made}", f"$(touch {made})", f"{{open({str(made)!r}, 'w')}}",
+                f"\\'; open({str(made)!r}, 'w') #", f"__import__('os').system('touch {made}')", "\x00\u202e\ud7ff",
+                f"\nimport os; os.mkdir({str(made)!r})\n", "{{ 7 * 7 }}", "\r\n%%bash\ntouch " + str(made)]
+    names = [f"word_{k}" for k in range(len(payloads))]
+    write_stage(lab / "stages", "told", "dict(title='Told')", "".join(f"{name}: str = ''\n" for name in names), cells=[
+        "from ssl_kit.lab.stages import stage_context\nctx = stage_context('told')\n"
+        f"ctx.save_metrics({{'words': [{', '.join(names)}], 'headline': []}})"])
+    for name in ("seed", "n_steps", "step_s", "fail"):
+        for payload in payloads:
+            with pytest.raises(ParameterError):
+                planned_toy(f"{name}={payload}")
+    pairs = [f"{name}={payload}" for name, payload in zip(names, payloads, strict=True)]
+    run, _ = carry_out(plan(list_stages(), "quick", pairs, "told")["told"])
+    assert run.metrics["words"] == payloads and not made.exists()
 
 
 def test_a_running_run_is_seen_as_running(lab):

@@ -36,7 +36,7 @@ class FinalConfig:
     window: str = "sqrt_hann"
 
     def __post_init__(self):
-        if self.channels % self.groups or self.time_hidden % self.groups:
+        if self.groups < 1 or self.channels % self.groups or self.time_hidden % self.groups:
             raise ParameterError(f"groups: expected a divisor of channels = {self.channels} and time_hidden = "
                                  f"{self.time_hidden}, found {self.groups}")
         if min(self.blocks, self.filter_frames, self.level_frames) < 1:

@@ -62,7 +62,8 @@ def write_checkpoint(folder: str | os.PathLike, network: "torch.nn.Module", desc
 
 # %% ../../nbs/lab/checkpoints.ipynb #643e37cd
 # what constructors raise for settings that make no network, torch and NumPy for sizes that no memory holds among them
-_NO_NETWORK = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+_NO_NETWORK = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
+               ValueError)
 
 
 def read_checkpoint(folder: str | os.PathLike, make: Callable[[dict], "torch.nn.Module"], what: str = "a network",

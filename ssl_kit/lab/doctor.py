@@ -33,28 +33,41 @@ class Finding:
     advice: str = ""
 
 # %% ../../nbs/lab/doctor.ipynb #b7e25181
-def requirements() -> list[str]:
-    "The kit's requirements with their ranges."
+def _declared() -> tuple[list[str], list[str]]:
+    "Requirements of the kit, and of its extras."
     settings = package_folder().parent / "settings.ini"
     if settings.is_file():
         parser = configparser.ConfigParser(interpolation=None)
         parser.read(settings, encoding="utf-8")
-        return parser["DEFAULT"].get("requirements", "").split()
+        values = parser["DEFAULT"]
+        extras = [text for key in values if key.endswith("_requirements") for text in values[key].split()]
+        return values.get("requirements", "").split(), extras
     try:
-        return [text for text in importlib.metadata.requires("ssl-kit") or [] if "extra ==" not in text]
+        texts = importlib.metadata.requires("ssl-kit") or []
     except importlib.metadata.PackageNotFoundError:
-        return []
+        texts = []
+    extras = [text.partition(";")[0].strip() for text in texts if "extra ==" in text]
+    return [text for text in texts if "extra ==" not in text], extras
 
 
-def check_package(requirement: str) -> Finding:
-    "Is a distribution there, in the range of `requirement` (such as 'numpy>=1.26,<3')?"
+def requirements() -> list[str]:
+    "The kit's requirements with their ranges."
+    return _declared()[0]
+
+
+def check_package(requirement: str, purpose: str = "") -> Finding:
+    """Is a distribution there, in the range of `requirement` (such as 'numpy>=1.26,<3')?
+
+    With a `purpose` the package may be missing."""
     from packaging.requirements import Requirement
 
     wanted = Requirement(requirement)
-    install = f"pip install '{wanted.name}{wanted.specifier}'"
+    install = f"pip install '{wanted}'"
     try:
         version = importlib.metadata.version(wanted.name)
     except importlib.metadata.PackageNotFoundError:
+        if purpose:
+            return Finding(wanted.name, "ok", "not installed (optional)", f"for {purpose}: {install}")
         return Finding(wanted.name, "fail", "not installed", install)
     fits = wanted.specifier.contains(version, prereleases=True)
     return Finding(wanted.name, "ok" if fits else "warn", version, "" if fits else install)
@@ -69,11 +82,11 @@ EXTRAS = {"distributed": "rooms and sweeps on many machines (--scheduler)",
 
 
 def check_extra(name: str) -> Finding:
-    "Is an optional package there?"
-    try:
-        return Finding(name, "ok", importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        return Finding(name, "ok", "not installed (optional)", f"for {EXTRAS[name]}: pip install {name}")
+    "Is an optional package there, in the range of its extra?"
+    from packaging.requirements import Requirement
+
+    ranges = {Requirement(text).name: text for text in _declared()[1]}
+    return check_package(ranges.get(name, name), EXTRAS[name])
 
 # %% ../../nbs/lab/doctor.ipynb #20c0e075
 def check_python() -> Finding:
@@ -91,7 +104,11 @@ def check_compiler() -> Finding:
 
 def check_gpu() -> Finding:
     "A GPU makes the profile `full` bearable; nothing else needs one."
-    import torch
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Finding("gpu", "fail", f"torch is installed, but can't be imported: {error}",
+                       "pip install --force-reinstall torch")
 
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
@@ -132,7 +149,7 @@ def check_stages() -> Finding:
     try:
         return Finding("stages", "ok", f"{len(list_stages())} in {stages_folder()}")
     except SslKitError as error:
-        return Finding("stages", "fail", str(error), "work in a clone of the repository, or set SSL_KIT_STAGES")
+        return Finding("stages", "fail", str(error), "work in a clone of the repository, or correct SSL_KIT_STAGES")
 
 
 def check_data() -> Finding:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sqlite3
+import zlib
 from pathlib import Path
 
 from .context import runs_folder
@@ -17,8 +18,8 @@ from .errors import DataError
 from .runs import Run
 
 # %% ../../nbs/lab/index.ipynb #a2d11411
-_COLUMNS = ("stage", "run_id", "state", "profile", "started", "wall_s", "parameters", "headline", "mark")
-_VERSION = 1  # of the table below; another one is made anew
+_COLUMNS = ("stage", "run_id", "state", "profile", "started", "wall_s", "parameters", "headline", "mark", "checksum")
+_VERSION = 2  # of the table below; another one is made anew
 
 
 def _prepare(connection: sqlite3.Connection, rebuild: bool) -> None:
@@ -29,15 +30,24 @@ def _prepare(connection: sqlite3.Connection, rebuild: bool) -> None:
         connection.execute(f"PRAGMA user_version = {_VERSION}")
 
 
+def _checksum(row: tuple) -> int:
+    "Of all that a row says: a database notices no bit that turned inside a text."
+    return zlib.crc32(repr(row).encode())
+
+
 def _row(folder: Path, mark: str) -> tuple:
     "A run folder as a row; a folder whose files can't be read is a row that says so."
     run = Run(folder)
     try:
         status, parameters, headline = run.status, run.parameters, run.headline
-    except DataError as error:
-        status, parameters, headline = {"state": "unreadable", "error": str(error)}, {}, []
-    return (run.stage, run.run_id, status.get("state"), status.get("profile"), status.get("started"),
-            status.get("wall_s"), json.dumps(parameters), json.dumps(headline), mark)
+        told, wall_s = [status.get(name) for name in ("state", "profile", "started")], status.get("wall_s")
+        known = wall_s is None or (isinstance(wall_s, int | float) and 0 <= wall_s < 1e12)
+        if not known or not all(isinstance(value, str | None) for value in told):
+            raise DataError(f"{folder / 'status.json'}: expected texts and a time in seconds, found {status}")
+    except DataError:
+        told, wall_s, parameters, headline = ["unreadable", None, None], None, {}, []
+    row = (run.stage, run.run_id, *told, wall_s, json.dumps(parameters), json.dumps(headline), mark)
+    return *row, _checksum(row)
 
 
 def _marks(runs: Path) -> dict[tuple[str, str], str]:
@@ -59,7 +69,10 @@ def _refreshed(connection: sqlite3.Connection, runs: Path, rebuild: bool) -> lis
     connection.executemany(f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * len(_COLUMNS))})", [
         _row(runs / stage / run_id, mark) for (stage, run_id), mark in marks.items()
         if known.get((stage, run_id)) != mark])
-    return connection.execute(f"SELECT {', '.join(_COLUMNS[:-1])} FROM runs ORDER BY started").fetchall()
+    rows = connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM runs ORDER BY started").fetchall()
+    if len(rows) != len(marks) or any(_checksum(row[:-1]) != row[-1] for row in rows):
+        raise sqlite3.DatabaseError("the index is damaged")
+    return [row[:-2] for row in rows]
 
 
 def _rows(runs: Path, rebuild: bool) -> list[tuple]:
@@ -71,7 +84,7 @@ def _rows(runs: Path, rebuild: bool) -> list[tuple]:
                 return _refreshed(connection, runs, rebuild)
         except sqlite3.OperationalError:  # full disk, no permission, locked for long
             continue
-        except sqlite3.DatabaseError:
+        except (sqlite3.DatabaseError, UnicodeDecodeError):  # not a database, or a damaged one
             index.unlink(missing_ok=True)
     raise AssertionError("a database in memory always works")
 
@@ -84,7 +97,7 @@ def indexed_runs(runs: str | os.PathLike | None = None, rebuild: bool = False) -
     runs = Path(runs) if runs is not None else runs_folder()
     if not runs.is_dir():
         return []
-    found = [dict(zip(_COLUMNS[:-1], row, strict=True)) for row in _rows(runs, rebuild)]
+    found = [dict(zip(_COLUMNS[:-2], row, strict=True)) for row in _rows(runs, rebuild)]
     for row in found:
         row["parameters"], row["headline"] = json.loads(row["parameters"]), json.loads(row["headline"])
         if row["state"] == "running":

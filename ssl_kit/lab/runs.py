@@ -43,7 +43,10 @@ class Run:
 
     def _read(self, name: str) -> dict:
         path = self.folder / name
-        return read_json(path) if path.exists() else {}
+        found = read_json(path) if path.exists() else {}
+        if not isinstance(found, dict):
+            raise DataError(f"{path}: expected names and values, found {type(found).__name__}")
+        return found
 
     @property
     def status(self) -> dict:

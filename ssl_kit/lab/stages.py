@@ -159,12 +159,13 @@ def stages_folder() -> Path:
     "The folder of stage notebooks; MissingDataError with what to do when there is none."
     named = os.environ.get("SSL_KIT_STAGES")
     here = Path.cwd()
-    candidates = [Path(named).expanduser()] if named else \
-        [folder / "nbs" / "stages" for folder in (here, *here.parents, package_folder().parent)]
+    candidates = [Path(named).expanduser()] if named else [
+        *(folder / "nbs" / "stages" for folder in (here, *here.parents, package_folder().parent)),
+        package_folder() / "stages"]                                     # where a wheel has them
     for folder in candidates:
         if folder.is_dir():
             return folder.resolve()
-    looked = candidates[0] if named else f"nbs/stages in {here}, above it, or beside the package"
+    looked = candidates[0] if named else f"nbs/stages in {here}, above it, beside the package or in it"
     raise MissingDataError(f"{looked}: expected a folder of stage notebooks, found none; "
                            "work in a clone of the repository, or set SSL_KIT_STAGES")
 
