@@ -385,7 +385,7 @@ def test_what_detect_refuses(tmp_path, monkeypatch):
     good = header + "".join(f"a.wav,{2 * k},{2 * k + 0.15},POS\n" for k in range(5))
     silent = write_audio(tmp_path / "silent.wav", np.zeros(22050 * 12), 22050)
     cases = [("a.wav", header + "a.wav,1,2,POS\n", [], "at least 5"),
-             ("a.wav", good, ["--method", "prototypes", "--model", "nowhere"], "detector 'nowhere'"),
+             ("a.wav", good, ["--method", "prototypes", "--model", "nowhere"], "checkpoint 'nowhere'"),
              ("a.wav", good, ["--n-shots", "0"], "--n-shots"),
              ("a.wav", good.replace("Q\n", "X,Y\n").replace("POS", "POS,POS"), [], "one column"),
              ("a.wav", good.replace("8,8.15", "80,80.15"), [], "another recording"),
