@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from ..arrays.geometry import ArrayGeometry
 from ..lab.errors import DataError, ParameterError
@@ -59,8 +60,7 @@ class GeoNetLocalizer:
         DataError for unusable samples."""
         samples = check_recording(samples, geometry, sample_rate)
         logits, _ = self.intermediates(samples[None], geometry, sample_rate)
-        shifted = np.exp(logits[0] - logits[0].max(-1, keepdims=True))
-        posterior = shifted / shifted.sum(-1, keepdims=True)
+        posterior = softmax(logits[0], axis=-1)
         n = posterior.shape[-1]
         near = (np.arange(-1, 2) + posterior.argmax(-1)[:, None]) % n
         times_s = (np.arange(len(posterior)) + 0.5) * self._frame_samples / self.config.sample_rate

@@ -8,6 +8,7 @@ __all__ = ['clip_posterior', 'CRNNLocalizer']
 # %% ../../nbs/localize/network.ipynb #9edc2235
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from ..arrays.geometry import ArrayGeometry, named_array
 from ..lab.errors import DataError, ParameterError
@@ -42,7 +43,7 @@ class CRNNLocalizer:
     def __call__(self, samples, geometry: ArrayGeometry, sample_rate: int = 16000) -> AzimuthTrack:
         "Localize one speaker. ParameterError for another array than the network's, DataError for unusable samples."
         samples = self._prepare(samples, geometry, sample_rate)
-        posterior = _softmax(self.intermediates(samples[None])[0][0])
+        posterior = softmax(self.intermediates(samples[None])[0][0], axis=-1)
         near = (np.arange(-5, 6) + posterior.argmax(-1)[:, None]) % posterior.shape[-1]
         times_s = (np.arange(len(posterior)) + 0.5) * 5 * self.config.hop_length / self.config.sample_rate
         return AzimuthTrack(decode_azimuth(posterior), posterior, np.arange(posterior.shape[-1]) * 1.0,
@@ -73,11 +74,6 @@ class CRNNLocalizer:
         x = crnn_input(torch.as_tensor(np.ascontiguousarray(samples)).to(self.device), self.config)
         logits, features = self.model.forward_with_intermediates(x)
         return logits.float().cpu().numpy(), features.float().cpu().numpy()
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    e = np.exp(logits - logits.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
 
 
 def _same_shape(a: np.ndarray, b: np.ndarray) -> bool:
