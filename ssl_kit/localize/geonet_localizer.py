@@ -17,7 +17,7 @@ from ..lab.errors import DataError, ParameterError
 from .checkpoints import load_checkpoint, shipped_checkpoint
 from .crnn import decode_azimuth
 from .geonet import ArrayTables, GeoNet, GeoNetConfig, array_tables, geonet_input
-from .protocol import AzimuthTrack, check_recording
+from .protocol import AzimuthTrack, check_network_rate, check_recording
 
 # %% ../../nbs/localize/geonet_localizer.ipynb #36515692
 @lru_cache(maxsize=16)
@@ -76,9 +76,7 @@ class GeoNetLocalizer:
         """Logits (batch, frame, direction) and features (batch, frame, 4 * channels) of samples (batch, mic, sample),
         mics in the order of `geometry`."""
         cfg = self.config
-        if sample_rate != cfg.sample_rate:
-            raise ParameterError(f"sample_rate: the network was trained at {cfg.sample_rate} Hz, found {sample_rate}; "
-                                 f"read the file with read_audio(..., sample_rate={cfg.sample_rate})")
+        check_network_rate(sample_rate, cfg.sample_rate)
         check_planar(geometry)
         if samples.shape[-1] < self._frame_samples:
             raise DataError(f"samples: expected at least {self._frame_samples} samples "

@@ -14,7 +14,7 @@ from ..arrays.geometry import ArrayGeometry, named_array
 from ..lab.errors import DataError, ParameterError
 from .checkpoints import load_checkpoint, shipped_checkpoint
 from .crnn import CRNN, crnn_input, decode_azimuth
-from .protocol import AzimuthTrack, check_recording
+from .protocol import AzimuthTrack, check_network_rate, check_recording
 
 # %% ../../nbs/localize/network.ipynb #9c7cb63d
 def clip_posterior(posterior: np.ndarray) -> np.ndarray:
@@ -52,9 +52,7 @@ class CRNNLocalizer:
     def _prepare(self, samples, geometry: ArrayGeometry, sample_rate: int) -> np.ndarray:
         cfg = self.config
         samples = check_recording(samples, geometry, sample_rate)
-        if sample_rate != cfg.sample_rate:
-            raise ParameterError(f"sample_rate: the network was trained at {cfg.sample_rate} Hz, found {sample_rate}; "
-                                 f"read the file with read_audio(..., sample_rate={cfg.sample_rate})")
+        check_network_rate(sample_rate, cfg.sample_rate)
         if geometry.n_mics != cfg.n_mics:
             raise DataError(f"array '{geometry.label}': the network was trained for {cfg.n_mics} mics, "
                             f"found {geometry.n_mics}; use method srp")
