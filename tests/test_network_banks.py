@@ -16,6 +16,7 @@ from ssl_kit.arrays.geometry import far_field_delays_s, named_array
 from ssl_kit.arrays.rooms import SceneConfig
 from ssl_kit.lab.dataroot import data_root
 from ssl_kit.lab.errors import DataError, ParameterError
+from ssl_kit.lab.threads import torch_threads
 from ssl_kit.localize.bank_frames import ask_srp, frame_maps
 from ssl_kit.localize.banks import BankPlan, make_parts, plan_of, render, render_again, write_banks
 from ssl_kit.localize.checkpoints import save_checkpoint
@@ -23,7 +24,7 @@ from ssl_kit.localize.crnn import CRNN, CRNNConfig
 from ssl_kit.localize.geonet import GeoNet, GeoNetConfig
 from ssl_kit.localize.ipdnet import IPDNet, IPDNetConfig
 from ssl_kit.localize.probes import CRNNProbe, IPDNetProbe, fit_scale, probe_of
-from ssl_kit.localize.srp import SRP, SRPConfig, framing, srp_map, torch_threads
+from ssl_kit.localize.srp import SRP, SRPConfig, framing, srp_map
 from ssl_kit.routing.bank import head_gap, load_bank, load_fallback
 from ssl_kit.routing.registry import available_detectors, detector_classes
 

@@ -16,6 +16,7 @@ from ssl_kit.arrays.angles import angular_error_deg, wrap_deg
 from ssl_kit.arrays.geometry import SPEED_OF_SOUND, ArrayGeometry, far_field_delays_s, named_array
 from ssl_kit.arrays.rooms import SceneConfig
 from ssl_kit.lab.errors import DataError, ParameterError
+from ssl_kit.lab.threads import torch_threads
 from ssl_kit.localize.baselines import MUSIC, MVDR, GCCLeastSquares
 from ssl_kit.localize.peaks import (
     SourcesConfig,
@@ -26,7 +27,7 @@ from ssl_kit.localize.peaks import (
     zone_votes,
 )
 from ssl_kit.localize.protocol import read_for_array
-from ssl_kit.localize.srp import SRP, SRPConfig, SRPStream, srp_map, torch_threads
+from ssl_kit.localize.srp import SRP, SRPConfig, SRPStream, srp_map
 from ssl_kit.localize.srp_grid import DirectionGrid, peak_azimuth_deg
 from ssl_kit.localize.talkers import render_talkers
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,26 +22,12 @@ from ..lab.corpora import SPLITS
 from ..lab.errors import DataError, ParameterError
 from ..lab.files import file_lock, read_json, sha256_file, sha256_json, write_json, write_text
 from ..lab.progress import progress
+from ..lab.threads import all_threads
 
 # %% auto #0
-__all__ = ['single_thread', 'make_recording', 'simulate_dataset']
+__all__ = ['make_recording', 'simulate_dataset']
 
 # %% ../../nbs/arrays/simulate.ipynb #ae7a0a8c
-@contextmanager
-def single_thread():
-    "Numerical libraries on one thread: workers don't fight over cores, and sums have one order on every machine."
-    import torch
-    from threadpoolctl import threadpool_limits
-
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(n_threads)
-
-
 def _recording_name(scene, speaker: str) -> Path:
     "RealMAN's folder and file name, relative to the folder that holds the splits, without _CHn."
     kind = KINDS[scene.moving]
@@ -94,7 +80,7 @@ def make_recording(task) -> tuple[int, bool]:
     root, config, geometry, seed, split, index = task
     if _is_whole(root, split, index):
         return index, False
-    with single_thread():
+    with all_threads(1):  # workers don't fight over cores, and sums have one order on every machine
         _write_recording(root, config, geometry, seed, split, index)
     return index, True
 

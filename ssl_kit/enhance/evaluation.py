@@ -22,6 +22,7 @@ from .windows import enhance_windows
 from ..lab.errors import DataError, MissingDataError, ParameterError
 from ..lab.progress import progress
 from ..lab.statistics import paired_difference
+from ..lab.threads import all_threads
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,19 +155,13 @@ class Costs:
 
 def real_time_factor(function: Callable, seconds: float = 3.0, repeats: int = 3, seed: int = 0) -> float:
     "Median seconds of one core that `function` takes for one second of noise; what else runs hardly counts."
-    from threadpoolctl import threadpool_limits
-
     noise = 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * 16000)).astype(np.float32)
-    threads, taken = torch.get_num_threads(), []
-    try:
-        torch.set_num_threads(1)
-        with threadpool_limits(1):
-            for _ in range(repeats + 1):
-                started = time.process_time()
-                function(noise)
-                taken.append(time.process_time() - started)
-    finally:
-        torch.set_num_threads(threads)
+    taken = []
+    with all_threads(1):
+        for _ in range(repeats + 1):
+            started = time.process_time()
+            function(noise)
+            taken.append(time.process_time() - started)
     return float(np.median(taken[1:]) / seconds)
 
 

@@ -7,10 +7,9 @@ __all__ = ['AUDIO_SUFFIXES', 'feature_path', 'audio_files', 'open_frames', 'fram
            'export_features', 'check_features', 'NormalStatistics', 'stream_statistics', 'FeatureStore']
 
 # %% ../../nbs/fewshot/store.ipynb #2788097f
-import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..lab.context import usable_cores
 from ..lab.errors import DataError, MissingDataError, ParameterError, SslKitError
 from ..lab.files import DAMAGED_ARRAYS, atomic_write, read_json, sha256_file, sha256_json, write_json
 from ..lab.progress import progress
+from ..lab.threads import torch_threads
 
 # %% ../../nbs/fewshot/store.ipynb #ef608ed1
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
@@ -126,19 +126,6 @@ def export_one(audio, path, config: FeatureConfig, force: bool = False) -> tuple
         return "failed", str(error)
 
 
-@contextlib.contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    "Within the block each of our own threads has one core, rather than all of them all cores."
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def export_features(files: Iterable, config: FeatureConfig | None = None, top=None, root=None, force: bool = False,
                     workers: int | None = None, label: str = "features") -> ExportReport:
     """Frames of all files, in parallel on `workers` threads (None: one for each core, one that waits for the disk).
@@ -153,7 +140,7 @@ def export_features(files: Iterable, config: FeatureConfig | None = None, top=No
             raise DataError(f"{audio} and {taken[path]} would share the features {path}; rename one of them")
         taken[path] = audio
     report = ExportReport()
-    with _one_torch_thread(), ThreadPoolExecutor(workers or usable_cores() + 1) as pool:
+    with torch_threads(1), ThreadPoolExecutor(workers or usable_cores() + 1) as pool:
         states = pool.map(lambda job: export_one(*job), jobs)
         for audio, (state, reason) in zip(files, progress(states, total=len(jobs), label=label), strict=True):
             if state == "failed":

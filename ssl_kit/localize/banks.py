@@ -24,9 +24,10 @@ from ..lab.corpora import NOISE_CORPORA, SPLITS
 from ..lab.errors import DataError, ParameterError
 from ..lab.files import atomic_write, read_json, to_plain, write_json
 from ..lab.progress import progress
+from ..lab.threads import torch_threads
 from .bank_rows import Question, ask, write_bank, write_fallback, write_scores
 from .probes import Probe, as_probe, probe_of
-from .srp import SRPConfig, torch_threads
+from .srp import SRPConfig
 
 # %% ../../nbs/localize/banks.ipynb #769fc778
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from ..arrays.geometry import ArrayGeometry
 from ..lab.errors import DataError, ParameterError
 from .checkpoints import load_checkpoint, shipped_checkpoint
 from .crnn import decode_azimuth
 from .geonet import ArrayTables, GeoNet, GeoNetConfig, array_tables, geonet_input
-from .protocol import AzimuthTrack, check_recording
+from .protocol import AzimuthTrack, check_network_rate, check_recording
 
 # %% ../../nbs/localize/geonet_localizer.ipynb #36515692
 @lru_cache(maxsize=16)
@@ -59,8 +60,7 @@ class GeoNetLocalizer:
         DataError for unusable samples."""
         samples = check_recording(samples, geometry, sample_rate)
         logits, _ = self.intermediates(samples[None], geometry, sample_rate)
-        shifted = np.exp(logits[0] - logits[0].max(-1, keepdims=True))
-        posterior = shifted / shifted.sum(-1, keepdims=True)
+        posterior = softmax(logits[0], axis=-1)
         n = posterior.shape[-1]
         near = (np.arange(-1, 2) + posterior.argmax(-1)[:, None]) % n
         times_s = (np.arange(len(posterior)) + 0.5) * self._frame_samples / self.config.sample_rate
@@ -76,9 +76,7 @@ class GeoNetLocalizer:
         """Logits (batch, frame, direction) and features (batch, frame, 4 * channels) of samples (batch, mic, sample),
         mics in the order of `geometry`."""
         cfg = self.config
-        if sample_rate != cfg.sample_rate:
-            raise ParameterError(f"sample_rate: the network was trained at {cfg.sample_rate} Hz, found {sample_rate}; "
-                                 f"read the file with read_audio(..., sample_rate={cfg.sample_rate})")
+        check_network_rate(sample_rate, cfg.sample_rate)
         check_planar(geometry)
         if samples.shape[-1] < self._frame_samples:
             raise DataError(f"samples: expected at least {self._frame_samples} samples "

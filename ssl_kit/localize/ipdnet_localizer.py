@@ -16,7 +16,7 @@ from .geonet_localizer import check_planar
 from .ipd import (IPD, bin_frequencies_hz, decode_confidence, direction_scores, peak_azimuth_deg,
                                   template_directions_deg)
 from .ipdnet import LABEL_FRAMES, IPDNet, VariableIPDNet, ipdnet_input
-from .protocol import AzimuthTrack, check_recording
+from .protocol import AzimuthTrack, check_network_rate, check_recording
 
 # %% ../../nbs/localize/ipdnet_localizer.ipynb #1555ae14
 _PIECE_LABELS, _EDGE_LABELS = 80, 15     # of 100 ms
@@ -55,9 +55,7 @@ def track_of(output, geometry: ArrayGeometry, config, method: str) -> AzimuthTra
 
 
 def _checked(samples, geometry: ArrayGeometry, sample_rate: int, config) -> np.ndarray:
-    if sample_rate != config.sample_rate:
-        raise ParameterError(f"sample_rate: the network was trained at {config.sample_rate} Hz, found {sample_rate}; "
-                             f"read the file with read_audio(..., sample_rate={config.sample_rate})")
+    check_network_rate(sample_rate, config.sample_rate)
     return check_recording(samples, geometry, sample_rate)
 
 # %% ../../nbs/localize/ipdnet_localizer.ipynb #d71c14bb

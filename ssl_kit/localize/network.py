@@ -8,12 +8,13 @@ __all__ = ['clip_posterior', 'CRNNLocalizer']
 # %% ../../nbs/localize/network.ipynb #9edc2235
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from ..arrays.geometry import ArrayGeometry, named_array
 from ..lab.errors import DataError, ParameterError
 from .checkpoints import load_checkpoint, shipped_checkpoint
 from .crnn import CRNN, crnn_input, decode_azimuth
-from .protocol import AzimuthTrack, check_recording
+from .protocol import AzimuthTrack, check_network_rate, check_recording
 
 # %% ../../nbs/localize/network.ipynb #9c7cb63d
 def clip_posterior(posterior: np.ndarray) -> np.ndarray:
@@ -42,7 +43,7 @@ class CRNNLocalizer:
     def __call__(self, samples, geometry: ArrayGeometry, sample_rate: int = 16000) -> AzimuthTrack:
         "Localize one speaker. ParameterError for another array than the network's, DataError for unusable samples."
         samples = self._prepare(samples, geometry, sample_rate)
-        posterior = _softmax(self.intermediates(samples[None])[0][0])
+        posterior = softmax(self.intermediates(samples[None])[0][0], axis=-1)
         near = (np.arange(-5, 6) + posterior.argmax(-1)[:, None]) % posterior.shape[-1]
         times_s = (np.arange(len(posterior)) + 0.5) * 5 * self.config.hop_length / self.config.sample_rate
         return AzimuthTrack(decode_azimuth(posterior), posterior, np.arange(posterior.shape[-1]) * 1.0,
@@ -51,9 +52,7 @@ class CRNNLocalizer:
     def _prepare(self, samples, geometry: ArrayGeometry, sample_rate: int) -> np.ndarray:
         cfg = self.config
         samples = check_recording(samples, geometry, sample_rate)
-        if sample_rate != cfg.sample_rate:
-            raise ParameterError(f"sample_rate: the network was trained at {cfg.sample_rate} Hz, found {sample_rate}; "
-                                 f"read the file with read_audio(..., sample_rate={cfg.sample_rate})")
+        check_network_rate(sample_rate, cfg.sample_rate)
         if geometry.n_mics != cfg.n_mics:
             raise DataError(f"array '{geometry.label}': the network was trained for {cfg.n_mics} mics, "
                             f"found {geometry.n_mics}; use method srp")
@@ -73,11 +72,6 @@ class CRNNLocalizer:
         x = crnn_input(torch.as_tensor(np.ascontiguousarray(samples)).to(self.device), self.config)
         logits, features = self.model.forward_with_intermediates(x)
         return logits.float().cpu().numpy(), features.float().cpu().numpy()
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    e = np.exp(logits - logits.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
 
 
 def _same_shape(a: np.ndarray, b: np.ndarray) -> bool:

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,8 +26,8 @@ from .network import CRNNLocalizer, clip_posterior
 from .protocol import Localizer, check_recording, localizer, overall_azimuth_deg
 
 # %% auto #0
-__all__ = ['IPDNET_SCALE', 'Heard', 'softmax', 'heard', 'Probe', 'CRNNProbe', 'dropout_on', 'fit_scale', 'IPDNetProbe',
-           'GeoNetProbe', 'LocalizerProbe', 'checkpoint_folders', 'as_probe', 'probe_of']
+__all__ = ['IPDNET_SCALE', 'Heard', 'heard', 'Probe', 'CRNNProbe', 'dropout_on', 'fit_scale', 'IPDNetProbe', 'GeoNetProbe',
+           'LocalizerProbe', 'checkpoint_folders', 'as_probe', 'probe_of']
 
 # %% ../../nbs/localize/probes.ipynb #072b7502
 @dataclass(frozen=True, eq=False)
@@ -43,15 +44,9 @@ class Heard:
     hidden: torch.Tensor | None = None
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    "Softmax over the last axis."
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    return shifted / shifted.sum(-1, keepdims=True)
-
-
 def heard(logits: np.ndarray, features: np.ndarray, reach: int = 3, hidden=None) -> Heard:
     "From logits (T, C) and features (T, D): mean posterior of the frames, its peak refined by `reach` bins aside."
-    posterior = clip_posterior(softmax(logits))
+    posterior = clip_posterior(softmax(logits, axis=-1))
     return Heard(float(decode_azimuth(posterior, reach)), float(posterior.max()), logits, features, posterior, hidden)
 
 
@@ -101,12 +96,12 @@ class CRNNProbe:
             torch.manual_seed(seed)
             with dropout_on(model):
                 logits, _ = _back(model, told.hidden.expand(n, -1, -1))
-        return clip_posterior(softmax(logits.numpy()))
+        return clip_posterior(softmax(logits.numpy(), axis=-1))
 
     def ensemble(self, samples, geometry: ArrayGeometry, sample_rate: int = 16000) -> np.ndarray:
         "Posteriors (member, C) of the networks that were trained apart."
         return np.stack([clip_posterior(softmax(member.intermediates(
-            member._prepare(samples, geometry, sample_rate)[None])[0][0])) for member in self.members])
+            member._prepare(samples, geometry, sample_rate)[None])[0][0], axis=-1)) for member in self.members])
 
 
 class dropout_on:
@@ -131,7 +126,7 @@ def fit_scale(scores: np.ndarray, truth_deg: np.ndarray, scales=None) -> float:
     scales = np.geomspace(1, 1000, 61) if scales is None else np.asarray(scales, np.float64)
     n_directions = scores.shape[-1]
     true_bin = np.round(np.asarray(truth_deg) * n_directions / 360).astype(int) % n_directions
-    found = [np.log(0.99 * clip_posterior(softmax(scale * scores))[np.arange(len(scores)), true_bin]
+    found = [np.log(0.99 * clip_posterior(softmax(scale * scores, axis=-1))[np.arange(len(scores)), true_bin]
                     + 0.01 / n_directions).mean() for scale in scales]
     return float(scales[int(np.argmax(found))])
 

@@ -20,8 +20,8 @@ from ..lab.audio import check_audio, read_audio
 from ..lab.errors import DataError, ParameterError
 
 # %% auto #0
-__all__ = ['AzimuthTrack', 'overall_azimuth_deg', 'track_at', 'Localizer', 'check_recording', 'select_channels', 'read_for_array',
-           'register_localizer', 'list_localizers', 'localizer']
+__all__ = ['AzimuthTrack', 'overall_azimuth_deg', 'track_at', 'Localizer', 'check_recording', 'check_network_rate',
+           'select_channels', 'read_for_array', 'register_localizer', 'list_localizers', 'localizer']
 
 # %% ../../nbs/localize/protocol.ipynb #32e094c5
 @dataclass(frozen=True, eq=False)
@@ -109,6 +109,13 @@ def check_recording(samples, geometry: ArrayGeometry, sample_rate: int, name: st
     with np.errstate(over="ignore"):
         samples = np.ascontiguousarray(samples, dtype=np.float32)
     return check_audio(samples, name, sample_rate=int(sample_rate))
+
+
+def check_network_rate(sample_rate: int, trained_hz: int) -> None:
+    "ParameterError for another rate than the one that a network was trained at."
+    if sample_rate != trained_hz:
+        raise ParameterError(f"sample_rate: the network was trained at {trained_hz} Hz, found {sample_rate}; read the "
+                             f"file with read_audio(..., sample_rate={trained_hz})")
 
 # %% ../../nbs/localize/protocol.ipynb #6a5b8a2a
 def select_channels(n_channels: int, geometry: ArrayGeometry, channels=None, name: str = "recording") -> list[int]:

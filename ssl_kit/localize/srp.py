@@ -5,7 +5,6 @@
 # %% ../../nbs/localize/srp.ipynb #54c7e46b
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -22,12 +21,13 @@ from ..arrays.geometry import SPEED_OF_SOUND, ArrayGeometry
 from ..lab.errors import DataError, ParameterError
 from ..lab.files import atomic_write, sha256_json
 from ..lab.stft import stft
+from ..lab.threads import torch_threads
 from .protocol import AzimuthTrack, check_recording, read_for_array
 from .srp_grid import DirectionGrid, band_bins, peak_azimuth_deg, steering_tables
 
 # %% auto #0
 __all__ = ['WEIGHTINGS', 'SRPConfig', 'Framing', 'framing', 'cross_spectra', 'steered_power', 'srp_map', 'power_ratio',
-           'srp_power_at', 'SRP', 'SRPStream', 'torch_threads', 'localize_files', 'srp_key', 'cached_srp']
+           'srp_power_at', 'SRP', 'SRPStream', 'localize_files', 'srp_key', 'cached_srp']
 
 # %% ../../nbs/localize/srp.ipynb #e769a179
 WEIGHTINGS = ("phat", "coherence")
@@ -314,17 +314,6 @@ class SRPStream:
                             [self._seconds - duration_s / 2], answer.elevation_deg)
 
 # %% ../../nbs/localize/srp.ipynb #e0362154
-@contextlib.contextmanager
-def torch_threads(n: int):
-    "Run the block with `n` threads inside torch, then put the old number back."
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def localize_files(paths: Iterable, geometry: ArrayGeometry, method=None, sample_rate: int = 16000,
                    threads: int = 2) -> list[AzimuthTrack]:
     "Answers of `method` (SRP by default) for audio files of one array, read and worked on in `threads` threads."

@@ -16,7 +16,8 @@ from ..arrays.geometry import ArrayGeometry, far_field_delays_s, named_array
 from ..lab.audio import write_audio
 from ..lab.bench import BenchResult, compare, measure_in_turn
 from ..lab.stft import stft
-from .srp import SRP, SRPConfig, SRPStream, framing, localize_files, srp_map, torch_threads
+from ..lab.threads import torch_threads
+from .srp import SRP, SRPConfig, SRPStream, framing, localize_files, srp_map
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'DURATION_S', 'ARRAY', 'BLOCK_S', 'bench_recording', 'PeerSRP', 'bench_srp']

@@ -8,13 +8,12 @@ __all__ = ['BENCH_CONFIG', 'capon_numpy', 'capon_numpy_low_rank', 'bench_capon',
 
 # %% ../../nbs/nearfield/bench.ipynb #1a17442d
 import time
-from contextlib import contextmanager
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from ..lab.bench import BenchResult, compare, measure_in_turn
 from ..lab.errors import DataError
+from ..lab.threads import all_threads
 from .covariance import effective_factor
 from .geometry import FieldOfView
 from .scenes import SceneBatch, SceneConfig, draw_scenes, true_factor
@@ -48,16 +47,16 @@ def bench_capon(quick: bool = False) -> list[BenchResult]:
     a = steering(grid.sources(_PLANE_M).reshape(-1, 3), batch.surface, dtype=np.complex64)
     medians = {}
     for threads in (1, 2):
-        with threadpool_limits(threads), _torch_threads(threads):
+        with all_threads(threads):
             medians[threads] = measure_in_turn(lambda: capon(f, delta, batch.surface, grid, _PLANE_M),
                                                lambda: capon_numpy(f, delta, a), 2 if quick else 7)
     threads, cpu_s = min(medians, key=lambda t: medians[t].value_s), []
-    with threadpool_limits(1), _torch_threads(1):
+    with all_threads(1):
         for _ in range(5):
             begin = time.process_time()
             capon(f, delta, batch.surface, grid, _PLANE_M)
             cpu_s.append(time.process_time() - begin)
-    with threadpool_limits(threads), _torch_threads(threads):
+    with all_threads(threads):
         low_rank = measure_in_turn(lambda: capon(f, delta, batch.surface, grid, _PLANE_M),
                                    lambda: capon_numpy_low_rank(f, delta, a), 2 if quick else 7)
     ours, difference = capon(f, delta, batch.surface, grid, _PLANE_M), {}
@@ -74,18 +73,6 @@ def bench_capon(quick: bool = False) -> list[BenchResult]:
                                     "largest_relative_difference": difference[capon_numpy]}),
             compare("capon_low_rank", low_rank.value_s, "s", "numpy, low rank, complex64", low_rank.peer_value_s,
                     detail=plane | {"largest_relative_difference": difference[capon_numpy_low_rank]})]
-
-
-@contextmanager
-def _torch_threads(n: int):
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 # %% ../../nbs/nearfield/bench.ipynb #9d7ee933
 _SCENES_TARGET, _SAMPLED_TARGET = 200.0, 40.0
@@ -115,7 +102,7 @@ def bench_scenes(quick: bool = False) -> list[BenchResult]:
 
     config, n, n_sampled = SceneConfig(), 64 if quick else 256, 16 if quick else 64
     rng = np.random.default_rng(0)
-    with threadpool_limits(1), _torch_threads(1):
+    with all_threads(1):
         plain = measure_in_turn(lambda: draw_scenes(config, 0, range(n)),
                                 lambda: [draw_scene_numpy(config, rng) for _ in range(n // 4)], 3)
         batch = draw_scenes(config, 0, range(n_sampled))
@@ -193,7 +180,7 @@ def bench_nearfield(quick: bool = False) -> list[BenchResult]:
                "plain": lambda b: [nls_omp_numpy(b, i, int(b.n_sources[i]), view, grid, atoms) for i in range(len(b))],
                "own": lambda b: [e.sources for e in nls_omp(b, b.n_sources)]}
     found, wall_s, cpu_s = ({name: kind() for name in methods} for kind in (list, float, float))
-    with threadpool_limits(1), _torch_threads(1):
+    with all_threads(1):
         for method in methods.values():
             method(batches[0][:2])  # grids, libraries
         for batch in batches:

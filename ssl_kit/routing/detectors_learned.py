@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..lab.errors import DataError, ParameterError
+from ..lab.threads import torch_threads
 from .bank import FeatureBank
 from .detectors_features import STACK_BASES, LogisticStack, good_rows
 from .registry import Detector, group_folds, pooled_features, register
@@ -24,13 +25,9 @@ def _training() -> Iterator[None]:
     "One thread inside torch, gradients on, whatever the caller has set; put back afterwards."
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in another order would be another network after some hundred steps
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        torch.set_num_threads(before)
+    # sums of several threads, in another order, would be another network after some hundred steps
+    with torch_threads(1), torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _initial_layers(widths: Sequence[int], rng: np.random.Generator) -> list:
