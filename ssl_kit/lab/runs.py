@@ -312,7 +312,8 @@ def carry_out(planned: Planned, force: bool = False, device: str = "auto", deadl
     """Make the planned run, or find it made; returns (run, reused).
 
     `force` makes it anew; `deadline` is the time (as time.time()) by which the stage has to stop; `on_wait(pid)`
-    is called when another process is at it; `beside` is given where others run at the same time. Raises StageFailure, and StagePaused when the deadline came first.
+    is called when another process is at it; `beside` is given where others run at the same time. Raises StageFailure,
+    and StagePaused when the deadline came first.
     """
     asked = time.time()
     with file_lock(planned.folder / ".lock", on_wait=on_wait):
