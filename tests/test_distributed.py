@@ -1,6 +1,5 @@
 """Rooms on a Dask scheduler: worker processes on loopback, one of them killed, and what is refused."""
 
-import hashlib
 import os
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from folders import contents
 
 import ssl_kit.arrays.distributed as distributed_module
 from ssl_kit.arrays.distributed import dask_client, simulate_distributed
@@ -21,12 +21,6 @@ from ssl_kit.lab.errors import DataError, MissingDataError, ParameterError
 ARRAY = named_array("ula:2:0.06")
 CONFIG = SceneConfig(duration_s=0.4, t60_s=(0.2, 0.25), room_max_m=(5, 4, 3), moving_share=0.5, recordings_per_room=2)
 N = 12
-
-
-def contents(root) -> dict[str, str]:
-    """Digest of every file but the lock, by path."""
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(Path(root).rglob("*")) if p.is_file() and p.name != ".lock"}
 
 
 @pytest.fixture(scope="module")

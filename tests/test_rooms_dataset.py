@@ -1,7 +1,6 @@
 """Data sets on disk: RealMAN's layout, the loader, resuming, worker counts, faults."""
 
 import csv
-import hashlib
 import os
 import resource
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from folders import contents
 
 import ssl_kit.arrays.simulate as simulate_module
 from ssl_kit.arrays.geometry import named_array
@@ -26,12 +26,6 @@ from ssl_kit.lab.files import file_lock
 ARRAY = named_array("realman32").subarray([0, 1, 10])
 CONFIG = SceneConfig(duration_s=0.5, t60_s=(0.2, 0.3), room_max_m=(6, 5, 3), moving_share=0.4, recordings_per_room=2)
 N = 8
-
-
-def _contents(root) -> dict[str, str]:
-    "Digest of every file but the lock, by path."
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(Path(root).rglob("*")) if p.is_file() and p.name != ".lock"}
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +93,8 @@ def test_a_killed_run_with_two_workers_ends_in_the_same_files(made, tmp_path):
         process.wait()
     assert len(list(records.glob("*.json"))) >= 2
     simulate_dataset(CONFIG, tmp_path / "set", N, seed=4, geometry=ARRAY, split="test")
-    finished = {k: v for k, v in _contents(tmp_path / "set").items() if not k.endswith(".tmp")}
-    assert finished == _contents(made)
+    finished = {k: v for k, v in contents(tmp_path / "set").items() if not k.endswith(".tmp")}
+    assert finished == contents(made)
 
 
 def test_whole_recordings_are_kept_and_broken_ones_made_again(made, tmp_path):
@@ -108,14 +102,14 @@ def test_whole_recordings_are_kept_and_broken_ones_made_again(made, tmp_path):
 
     root = tmp_path / "copy"
     shutil.copytree(made, root)
-    before = _contents(root)
+    before = contents(root)
     files = sorted(root.rglob("*_CH1.flac"))
     files[0].write_bytes(files[0].read_bytes()[:900])
     files[1].unlink()
     (root / "test" / "records" / "000003.json").write_text("{not json")
     times = {p: p.stat().st_mtime_ns for p in root.rglob("*_CH0.flac")}
     simulate_dataset(CONFIG, root, N, seed=4, geometry=ARRAY, split="test")
-    assert _contents(root) == before
+    assert contents(root) == before
     redone = [p for p, t in times.items() if p.stat().st_mtime_ns != t]
     assert 2 <= len(redone) <= 3
     simulate_dataset(CONFIG, root, N + 1, seed=4, geometry=ARRAY, split="test")

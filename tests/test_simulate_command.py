@@ -4,7 +4,7 @@ import argparse
 import json
 
 import pytest
-from test_distributed import contents
+from folders import contents
 
 from ssl_kit.arrays import distributed as distributed_module
 from ssl_kit.arrays.geometry import named_array
