@@ -5,8 +5,6 @@ import io
 import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from browser import open_browser, page_server, wait_for
 
 from ssl_kit.apps import demo, demo_page
 from ssl_kit.apps.demo import (
@@ -321,34 +320,15 @@ def test_the_page_reports_to_nobody_and_works_on_one_thing_at_a_time(service):
     assert work and all(function.concurrency_limit == 1 for function in work)
 
 
-SERVER = """import argparse, os, sys, threading
-timer = threading.Timer(900, lambda: os._exit(0))
-timer.daemon = True
-timer.start()
-from ssl_kit.apps.demo import add_demo_arguments, run_demo
-parser = argparse.ArgumentParser()
-add_demo_arguments(parser)
-sys.exit(run_demo(parser.parse_args(sys.argv[1:])))"""
+PAGE = ("ssl_kit.apps.demo", "add_demo_arguments", "run_demo")
 
 
 @pytest.fixture(scope="module")
 def served(checkpoint, tmp_path_factory):
     """Port of a page that runs in a process of its own, and where its files lie."""
-    pytest.importorskip("gradio", reason="needs gradio: pip install 'gradio>=6,<7'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     temporary = tmp_path_factory.mktemp("served")
-    server = subprocess.Popen([sys.executable, "-c", SERVER, "--port", str(port), "--model", str(checkpoint),
-                               "--max-minutes", "0.5"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)})
-    try:
-        line = server.stdout.readline()
-        assert f"http://127.0.0.1:{port}" in line, line + server.stdout.read()
+    with page_server(PAGE, "--model", checkpoint, "--max-minutes", "0.5", TMPDIR=str(temporary)) as port:
         yield port, temporary
-    finally:
-        server.terminate()
-        server.wait(60)
     assert not list(temporary.glob("ssl_kit_page_*"))  # nothing of what was uploaded is left
 
 
@@ -413,88 +393,51 @@ def test_fifty_uploads_at_once_with_hostile_names(served, tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_enhances_in_a_browser(served, example, tmp_path):
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
     port, _ = served
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    options.add_experimental_option("prefs", {
-        "download.default_directory": str(tmp_path), "profile.default_content_setting_values.automatic_downloads": 1})
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,1400"):
-        options.add_argument(flag)
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-
-    def wait(condition, what, seconds=120):
-        limit = time.monotonic() + seconds
-        while time.monotonic() < limit:
-            if found := condition():
-                return found
-            time.sleep(0.3)
-        raise AssertionError(f"no {what} after {seconds} s")
-
-    def one(css):
-        return wait(lambda: browser.find_elements("css selector", css), css)[0]
-
-    def click(css):
-        browser.execute_script("arguments[0].click()", one(css))
-
-    def put(where, path):
-        for button in browser.find_elements("css selector", f"{where} button[aria-label='Clear']"):
-            browser.execute_script("arguments[0].click()", button)
-        one(f"{where} input[type=file]").send_keys(str(path))
-        one(f"{where} button[aria-label='Clear']")
-        time.sleep(1)
-
-    def says(*words):
-        return wait(lambda: all(word in browser.find_element("css selector", "#text").text for word in words), words)
-
-    urls = []
-
-    def requested(part):
-        urls.extend(entry["message"] for entry in browser.get_log("performance")
-                    if '"Network.requestWillBeSent"' in entry["message"])
-        return [url for url in urls if part in url]
-
     noisy, clean = example
     (tmp_path / "walk.wav").write_text("not a sound")
-    try:
-        browser.get(f"http://127.0.0.1:{port}/")
+    with open_browser(1300, 1400, tmp_path) as browser:
+        def put(where, path):
+            for button in browser.all(f"{where} button[aria-label='Clear']"):
+                browser.run("arguments[0].click()", button)
+            browser.one(f"{where} input[type=file]").send_keys(str(path))
+            browser.one(f"{where} button[aria-label='Clear']")
+            time.sleep(1)
+
+        def says(*words):
+            return wait_for(lambda: all(word in browser.all("#text")[0].text for word in words), words)
+
+        def downloaded():
+            browser.click("#download")
+            return wait_for(lambda: list(tmp_path.glob("example_noisy_enhanced.wav")), "download")[0]
+
+        browser.driver.get(f"http://127.0.0.1:{port}/")
         put("#recording", noisy)
         put("#reference", clean)
-        click("#ask")
+        browser.click("#ask")
         says("Enhanced by tiny", "PESQ", "STOI", "SI-SDR")
-        drawn = one("#picture svg").rect
+        drawn = browser.one("#picture svg").rect
         assert drawn["width"] > 300 and drawn["height"] > 200
-        wait(lambda: requested(quote("example_noisy_enhanced.wav")), "request of the result by its player")
-        click("#download")
-        saved = wait(lambda: list(tmp_path.glob("example_noisy_enhanced.wav")), "download")[0]
+        wait_for(lambda: browser.requests(quote("example_noisy_enhanced.wav")), "request of the result by its player")
+        saved = downloaded()
         heard, rate = soundfile.read(saved)
         given, given_rate = soundfile.read(noisy)
         assert rate == given_rate and heard.shape == given.shape
         assert np.sqrt(np.mean(heard ** 2)) > 0.01 and not np.array_equal(heard, given)
-        length = wait(lambda: browser.find_element("css selector", "#after #duration").text, "duration in the player")
+        length = wait_for(lambda: browser.all("#after #duration")[0].text, "duration in the player")
         assert length == f"0:{int(len(given) / rate):02d}"
 
-        number = one("#strength input[type=number]")
-        browser.execute_script("const [field, value] = arguments; field.value = value;"
-                               "field.dispatchEvent(new Event('input', {bubbles: true}));"
-                               "field.dispatchEvent(new Event('change', {bubbles: true}))", number, "0")
+        browser.run("const [field, value] = arguments; field.value = value;"
+                    "field.dispatchEvent(new Event('input', {bubbles: true}));"
+                    "field.dispatchEvent(new Event('change', {bubbles: true}))",
+                    browser.one("#strength input[type=number]"), "0")
         saved.unlink()
-        click("#ask")
+        browser.click("#ask")
         says("Untouched", "strength 0.00")
-        click("#download")
-        saved = wait(lambda: list(tmp_path.glob("example_noisy_enhanced.wav")), "second download")[0]
-        assert np.array_equal(soundfile.read(saved)[0], given)
+        assert np.array_equal(soundfile.read(downloaded())[0], given)
 
         put("#recording", tmp_path / "walk.wav")
-        click("#ask")
+        browser.click("#ask")
         says("Not possible", "walk.wav", "cannot be opened as audio")
-        assert not browser.find_elements("css selector", "#picture svg")
-        requested("")
-        outside = [url for url in urls if '"url":"http' in url and f'"url":"http://127.0.0.1:{port}' not in url]
-        assert urls and not outside
-    finally:
-        browser.quit()
+        assert not browser.all("#picture svg")
+        browser.assert_stays_at(port)

@@ -1,8 +1,8 @@
 """The explorer's numbers are the study's, its lists hold the right recordings, its controls do what they say."""
 
+import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from browser import free_port, open_browser, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -300,72 +301,58 @@ def test_a_saved_notebook_keeps_the_panel():
 
 @pytest.mark.slow
 def test_the_panel_works_in_jupyterlab_in_a_browser(tmp_path):
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
     webdriver = pytest.importorskip("selenium.webdriver")
     webdriver_errors = pytest.importorskip("selenium.common.exceptions")
     pytest.importorskip("jupyterlab")
     pytest.importorskip("ipywidgets")
     (tmp_path / "panel.ipynb").write_text(json.dumps(panel_notebook()), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--ip", "127.0.0.1", "--port",
-                               str(port), "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path}",
-                               "--allow-root"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                              env={**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path / "config")})
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1500"):
-        options.add_argument(flag)
-    browser = None
-    try:
-        browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-
-        def wait_for(css, seconds=120):
-            limit = time.monotonic() + seconds
-            while time.monotonic() < limit:
-                if found := browser.find_elements("css selector", css):
-                    return found
-                time.sleep(0.5)
-            raise AssertionError(f"no {css} after {seconds} s")
-
-        for _ in range(60):
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        browser.get(f"http://127.0.0.1:{port}/lab/tree/panel.ipynb?reset")
+    with open_browser(1400, 1500) as browser, lab_server(tmp_path) as port:
+        browser.driver.get(f"http://127.0.0.1:{port}/lab/tree/panel.ipynb?reset")
         keys = webdriver.Keys
         for _ in range(40):  # JupyterLab replaces the cell while the page settles, and its kernel takes a while to come
             try:
-                wait_for(".jp-Notebook .cm-content")[0].click()
-                webdriver.ActionChains(browser).key_down(keys.CONTROL).send_keys(keys.ENTER).key_up(
+                browser.one(".jp-Notebook .cm-content").click()
+                webdriver.ActionChains(browser.driver).key_down(keys.CONTROL).send_keys(keys.ENTER).key_up(
                     keys.CONTROL).perform()
                 time.sleep(3)
-                if wait_for(".jp-InputPrompt")[0].text.strip(" []:"):  # a star or a number: it runs
+                if browser.one(".jp-InputPrompt").text.strip(" []:"):  # a star or a number: it runs
                     break
             except webdriver_errors.WebDriverException:
                 time.sleep(0.5)
-        listed = wait_for(".ssl-list select option", 240)
-        wait_for("audio")
-        first = browser.execute_script("return document.querySelector('audio').parentElement.outerHTML")
-        listed[1].click()
-        sound = None
-        for _ in range(60):
-            sound, same, pictures = browser.execute_script(
-                "const a = document.querySelector('audio');"
-                "return [a && a.duration, a && a.parentElement.outerHTML === arguments[0], "
-                "[...document.querySelectorAll('.jp-OutputArea img')].map(e => e.naturalWidth)]", first)
-            if sound and not same:
-                break
-            time.sleep(0.5)
-        assert sound == pytest.approx(1.0, abs=0.05)
+        browser.one(".ssl-list select option", 240)
+        browser.one("audio")
+        first = browser.run("return document.querySelector('audio').parentElement.outerHTML")
+        browser.all(".ssl-list select option")[1].click()
+
+        def another_sound():
+            length_s, same = browser.run("const a = document.querySelector('audio'); return [a && a.duration, "
+                                         "a && a.parentElement.outerHTML === arguments[0]]", first)
+            return None if same else length_s
+
+        assert wait_for(another_sound, "sound of the second recording") == pytest.approx(1.0, abs=0.05)
+        pictures = browser.run("return [...document.querySelectorAll('.jp-OutputArea img')].map(e => e.naturalWidth)")
         assert len(pictures) == 2 and min(pictures) > 300
+
+
+@contextlib.contextmanager
+def lab_server(folder):
+    """Port of a JupyterLab that serves the notebooks of a folder."""
+    port = free_port()
+    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--ip", "127.0.0.1", "--port",
+                               str(port), "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}",
+                               "--allow-root"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              env={**os.environ, "JUPYTER_CONFIG_DIR": str(folder / "config")})
+
+    def listens():
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            return False
+        return True
+
+    try:
+        wait_for(listens, "JupyterLab", 60)
+        yield port
     finally:
-        if browser is not None:
-            browser.quit()
         server.terminate()
         server.wait(20)

@@ -2,9 +2,6 @@
 
 import argparse
 import math
-import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import soundfile
+from browser import open_browser, page_command, page_server
 
 from ssl_kit.apps import route_page
 from ssl_kit.apps.explain import (
@@ -331,90 +329,48 @@ def test_without_gradio_the_message_says_how_to_get_it(monkeypatch):
         run_page(parser.parse_args(["--array", "/etc/array.yaml"]))
 
 
-SERVER = """import argparse, os, sys, threading
-timer = threading.Timer(300, lambda: os._exit(0))
-timer.daemon = True
-timer.start()
-from ssl_kit.apps.route_page import add_page_arguments, run_page
-parser = argparse.ArgumentParser()
-add_page_arguments(parser)
-run_page(parser.parse_args(sys.argv[1:]))"""
+PAGE = ("ssl_kit.apps.route_page", "add_page_arguments", "run_page")
 
 
 @pytest.fixture(scope="module")
 def served():
-    """Address of a page that runs in a process of its own."""
-    pytest.importorskip("gradio", reason="needs gradio: pip install 'gradio>=6,<7'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-c", SERVER, "--port", str(port), "--array", "6cm", "--network",
-                               "crnn"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        line = server.stdout.readline()
-        assert f"http://127.0.0.1:{port}" in line, line + server.stdout.read()
-        yield port, server
-    finally:
-        server.terminate()
-        server.wait(20)
+    """Port of a page that runs in a process of its own."""
+    with page_server(PAGE, "--array", "6cm", "--network", "crnn") as port:
+        yield port
 
 
 @pytest.mark.slow
 def test_a_taken_port_is_named(served):
-    port, _ = served
-    done = subprocess.run([sys.executable, "-c", SERVER, "--port", str(port)], capture_output=True, text=True,
-                          timeout=120)
-    assert done.returncode and f"--port {port}" in done.stderr and "choose another port" in done.stderr
+    done = subprocess.run(page_command(PAGE, "--port", served), capture_output=True, text=True, timeout=120)
+    assert done.returncode and f"--port {served}" in done.stderr and "choose another port" in done.stderr
 
 
 @pytest.mark.slow
 def test_files_of_the_server_cannot_be_asked_for(served, tmp_path):
     requests = pytest.importorskip("requests")
-    port, _ = served
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
-    assert requests.get(f"http://127.0.0.1:{port}/gradio_api/file={secret}", timeout=20).status_code in (403, 404)
-    asked = requests.post(f"http://127.0.0.1:{port}/gradio_api/call/answer", timeout=20, json={
+    assert requests.get(f"http://127.0.0.1:{served}/gradio_api/file={secret}", timeout=20).status_code in (403, 404)
+    asked = requests.post(f"http://127.0.0.1:{served}/gradio_api/call/answer", timeout=20, json={
         "data": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, "6cm", "crnn", ""]})
-    said = requests.get(f"http://127.0.0.1:{port}/gradio_api/call/answer/{asked.json()['event_id']}", timeout=30).text
+    said = requests.get(f"http://127.0.0.1:{served}/gradio_api/call/answer/{asked.json()['event_id']}", timeout=30).text
     assert "event: error" in said and "secret.txt" not in said
 
 
 @pytest.mark.slow
 def test_the_page_answers_in_a_browser(served, wav, tmp_path):
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    port, _ = served
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1500,1000"):
-        options.add_argument(flag)
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    with open_browser(1500, 1000) as browser:
+        def put(path):
+            browser.one("#recording input[type=file]").send_keys(str(path))
+            browser.one("#recording .file-preview")
+            time.sleep(1)
+            browser.one("#ask").click()
 
-    def wait_for(css, seconds=90):
-        limit = time.monotonic() + seconds
-        while time.monotonic() < limit:
-            if found := browser.find_elements("css selector", css):
-                return found[0]
-            time.sleep(0.3)
-        raise AssertionError(f"no {css} after {seconds} s")
-
-    def put(path):
-        wait_for("#recording input[type=file]").send_keys(str(path))
-        wait_for("#recording .file-preview")
-        time.sleep(1)
-        browser.find_element("css selector", "#ask").click()
-
-    try:
-        browser.get(f"http://127.0.0.1:{port}/")
-        wait_for("#ask")
+        browser.driver.get(f"http://127.0.0.1:{served}/")
+        browser.one("#ask")
         put(wav)
-        wait_for("#picture img")
-        drawn = browser.execute_async_script(
+        browser.one("#picture img")
+        drawn = browser.driver.execute_async_script(
             "const done = arguments[0], i = document.querySelector('#picture img');"
             "i.decode().then(() => { const c = document.createElement('canvas'); c.width = i.naturalWidth;"
             "c.height = i.naturalHeight; const x = c.getContext('2d'); x.drawImage(i, 0, 0);"
@@ -422,15 +378,10 @@ def test_the_page_answers_in_a_browser(served, wav, tmp_path):
             "for (let k = 0; k < d.length; k += 4) if (d[k] < 128 || d[k + 2] < 128) n++;"
             "done([c.width, c.height, n]); })")
         assert drawn[0] > 300 and drawn[2] > 500  # not blank
-        assert "says" in wait_for("#text h2").text and wait_for("#player audio")
-        browser.execute_script("document.querySelector('#recording button[aria-label*=\"lear\"], "
-                               "#recording button[aria-label*=\"emove\"]').click()")
+        assert "says" in browser.one("#text h2").text and browser.one("#player audio")
+        browser.run("document.querySelector('#recording button[aria-label*=\"lear\"], "
+                    "#recording button[aria-label*=\"emove\"]').click()")
         put(spoiled(tmp_path, "mono"))
-        assert "found 1 channels" in wait_for("#text .ssl-error").text
-        assert not browser.find_elements("css selector", "#picture img")
-        urls = [entry["message"] for entry in browser.get_log("performance")
-                if '"Network.requestWillBeSent"' in entry["message"]]
-        outside = [url for url in urls if '"url":"http' in url and f'"url":"http://127.0.0.1:{port}' not in url]
-        assert urls and not outside
-    finally:
-        browser.quit()
+        assert "found 1 channels" in browser.one("#text .ssl-error").text
+        assert not browser.all("#picture img")
+        browser.assert_stays_at(served)
