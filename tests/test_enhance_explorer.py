@@ -89,7 +89,7 @@ def test_without_a_reference_there_is_all_but_measures(explorer):
     explorer.mixture.value = "no reference"
     assert explorer.measures is None and "no measures" in explorer.numbers.value
     assert set(sounds(explorer.players.value)) == {"before", "after", "taken away"}
-    assert explorer.start.layout.display == "none"
+    assert explorer.start.layout.display == "none" and explorer.mixture.layout.display is None
 
 
 def test_a_long_one_can_be_leafed_through(mixtures):

@@ -125,7 +125,8 @@ def test_shots_alone_give_events_and_no_measures(recordings, tiny):
     from ssl_kit.fewshot.explorer import PosteriorExplorer
 
     mine = replace(recordings[0], events=tuple(recordings[0].shots(5)))
-    explorer = PosteriorExplorer([mine], tiny)
+    explorer = PosteriorExplorer([mine], tiny, window_s=24.0)
+    assert explorer.start.layout.display == "none" and explorer.recording.layout.display is None
     assert explorer.counts is None and "no measures" in explorer.numbers.value
     assert explorer.curve.layout.display == "none" and {row[2] for row in explorer.rows} <= {"found"}
     assert len(explorer.rows) == len(explorer.events) > 0

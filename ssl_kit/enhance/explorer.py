@@ -102,8 +102,8 @@ class EnhancementExplorer:
         self.model = w.Dropdown(options=models, description="network", style=narrow, layout=wide)
         self.strength = w.FloatSlider(value=1.0, min=0.0, max=1.0, step=0.05, description="strength", style=narrow,
                                       layout=wide, continuous_update=False)
-        self.start = w.FloatSlider(min=0.0, max=0.0, step=0.5, description="from (s)", style=narrow, layout=wide,
-                                   continuous_update=False)
+        self.start = w.FloatSlider(min=0.0, max=0.0, step=0.5, description="from (s)", style=narrow,
+                                   layout=w.Layout(width="330px"), continuous_update=False)  # hidden by its own
         self.numbers, self.players = w.HTML(), w.HTML()
         self.picture = w.Image(format="png", layout=w.Layout(width="700px", max_width="100%", object_fit="contain"))
         controls = w.VBox([self.mixture, self.model, self.strength, self.start, self.numbers])

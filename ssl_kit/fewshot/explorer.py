@@ -117,8 +117,8 @@ class PosteriorExplorer:
         self.threshold = w.FloatSlider(min=0, max=1, step=0.01, description="threshold", style=narrow, layout=wide,
                                        continuous_update=False)
         self.own = w.Button(description="the detector's threshold", layout=w.Layout(width="200px"))
-        self.start = w.FloatSlider(min=0, max=0, step=0.5, description="from (s)", style=narrow, layout=wide,
-                                   continuous_update=False)
+        self.start = w.FloatSlider(min=0, max=0, step=0.5, description="from (s)", style=narrow,
+                                   layout=w.Layout(width="330px"), continuous_update=False)  # hidden by its own
         self.numbers, self.player = w.HTML(), w.HTML()
         self.picture = w.Image(format="png", layout=w.Layout(width="700px", max_width="100%", object_fit="contain"))
         self.curve = w.Image(format="png", layout=w.Layout(width="330px", object_fit="contain"))
