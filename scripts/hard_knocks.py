@@ -315,8 +315,7 @@ FILES = (("damaged checkpoint", damaged(_checkpoint), 100), ("damaged bank", dam
          ("damaged manifest", tested("tests/test_data_manifests.py", "-k", "fit_is_named or broken"), 1))
 STRANGERS = (("archives that try to escape",
               tested("tests/test_data_extract.py", "-k", "leave_the_folder or links or bombs or forged or doubled"), 1),
-             ("code in a parameter", tested("tests/test_lab_runs.py", "tests/test_lab_parameters.py", "-k",
-                                            "code or never_executed"), 1),
+             ("code in a parameter", tested("tests/test_lab_runs.py", "-k", "brings_no_code", tries=60), 1),
              ("pickles with code", tested("tests/test_faults.py", "tests/test_routing_bank.py", "-k", "pickle"), 1),
              ("fifty uploads at once, hostile names",
               tested("--slow", "tests/test_demo.py", "-k", "fifty", tries=50), 1))
