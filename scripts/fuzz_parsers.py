@@ -282,6 +282,107 @@ def _read_features(path: Path):
     return open_frames(path).sum()
 
 
+def _rules() -> list[bytes]:
+    import numpy as np
+
+    from ssl_kit.routing.route_rules import StoredRules, WeightedSum
+
+    part = WeightedSum(("a", "b"), np.ones(2), np.zeros(2), np.ones(2), 0.5)
+    rules = StoredRules({"max": part}, {"max": {"best": 0.5, "never": np.inf}}, ("max", "best"), {"index": None}, {})
+    return [_bytes_of(rules.save, "rules.json")]
+
+
+def _read_rules(path: Path):
+    from ssl_kit.routing.route_rules import load_rules
+
+    return load_rules(path)
+
+
+def _policies() -> list[bytes]:
+    found = json.loads((ROOT / "ssl_kit" / "assets" / "page_policy.json").read_text(encoding="utf-8"))
+    return [json.dumps(found | {"policies": found["policies"][:1]}).encode()]
+
+
+def _read_policies(path: Path):
+    from ssl_kit.apps.page_policy import load_page_policies
+
+    return load_page_policies(path)
+
+
+def _locations() -> list[bytes]:
+    return [b"filename,angle(\xc2\xb0)\ntest/ma_noisy_speech/OfficeRoom1/static/0010/TEST_S_OFF1_0010_0001.flac,12\n"]
+
+
+def _read_locations(path: Path):
+    from ssl_kit.arrays.realman import location_file, read_locations
+
+    with tempfile.TemporaryDirectory() as folder:
+        table = location_file(folder, "test", "static")
+        table.parent.mkdir()
+        table.write_bytes(path.read_bytes())
+        return read_locations(folder, "test")
+
+
+def _read_reverberation(path: Path):
+    from ssl_kit.arrays.realman import read_t60
+
+    return read_t60(path)
+
+
+def _statuses() -> list[bytes]:
+    return [b'{"state": "finished", "profile": "ci", "started": "2026-01-01T00:00:00+00:00", "wall_s": 1.5}']
+
+
+def _read_status(path: Path):
+    """The list of runs: whatever the file holds, there is a row."""
+    from ssl_kit.lab.index import indexed_runs
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "toy" / "0123456789ab"
+        run.mkdir(parents=True)
+        (run / path.name).write_bytes(path.read_bytes())
+        assert len(indexed_runs(folder)) == 1
+
+
+def _indexes() -> list[bytes]:
+    from ssl_kit.lab.index import indexed_runs
+
+    with tempfile.TemporaryDirectory() as folder:
+        for k, data in enumerate(_statuses() * 3):
+            run = Path(folder) / "toy" / f"{k:012x}"
+            run.mkdir(parents=True)
+            (run / "status.json").write_bytes(data)
+        assert len(indexed_runs(folder)) == 3
+        return [(Path(folder) / "index.sqlite").read_bytes()]
+
+
+def _read_index(path: Path):
+    from ssl_kit.lab.index import indexed_runs
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "toy" / ("0" * 12)
+        run.mkdir(parents=True)
+        (run / "status.json").write_bytes(_statuses()[0])
+        (Path(folder) / path.name).write_bytes(path.read_bytes())
+        assert [row["run_id"] for row in indexed_runs(folder)] == [run.name]
+
+
+def _states() -> list[bytes]:
+    """The state of a training of a layer of one weight."""
+    import torch
+
+    layer = torch.nn.Linear(1, 1)
+    buffer = io.BytesIO()
+    torch.save({"configs": {"training": {}}, "step": 1, "history": [], "model": layer.state_dict()}, buffer)
+    return [buffer.getvalue()]
+
+
+def _read_state(path: Path):
+    from ssl_kit.lab.training import _read_state
+
+    return _read_state(path)
+
+
 TARGETS = (
     Target("manifest", "manifest.yaml", _manifests, _read_manifest),
     Target("array geometry, CSV", "array.csv", _arrays, _read_array),
@@ -299,6 +400,15 @@ TARGETS = (
            lambda: [_shipped("nearfield_refiner")["config.json"]], _read_nearfield),
     Target("few-shot encoder, configuration", "config.json",
            lambda: [_shipped("fewshot_v1")["config.json"]], _read_encoder),
+    Target("state of a training", "last.ckpt", _states, _read_state),
+    Target("stored rules", "rules.json", _rules, _read_rules),
+    Target("policies of the page", "policy.json", _policies, _read_policies),
+    Target("RealMAN, locations", "table.csv", _locations, _read_locations),
+    Target("RealMAN, reverberation as JSON", "t60.json", lambda: [b'{"a": 0.5, "b": {"T60": 0.3}}',
+           b'[{"scene": "a", "T60": 0.5}]'], _read_reverberation),
+    Target("RealMAN, reverberation as CSV", "t60.csv", lambda: [b"scene,T60\na,0.5\nb,0.3\n"], _read_reverberation),
+    Target("run status", "status.json", _statuses, _read_status),
+    Target("run index", "index.sqlite", _indexes, _read_index),
     Target("shard", "shard.npz", _shards, _read_shard),
     Target("bank", "bank.npz", _banks, _read_bank),
     Target("stage notebook", "stage.ipynb", _notebooks, _read_notebook),

@@ -35,6 +35,28 @@ def test_a_reader_that_crashes_is_caught(tmp_path):
     assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
+# Inputs that once brought out an error of Python's own.
+FOUND = {
+    "array geometry, YAML": (b"label: pair\nreference: a\n? \nmicrophones:\n  a: [0.0, 0.0, 0.0]\nx: 1\n",
+                             b"microphones:\n  ? [a]\n  : [0, 0, 0]\n",
+                             b"? [label]\n: x\nmicrophones: {a: [0, 0, 0]}\n"),
+    "RealMAN, locations": (b"", b"\xff\xfe\x00", b"filename,angle\n" + b"x" * 200_000),
+    "RealMAN, reverberation as CSV": (b"scene,seconds\na,0.5,0.6\n",),
+    "run status": (b"[]", b'{"state": ["finished"]}', b'{"wall_s": 1e400}'),
+    "checkpoint, configuration": (b'{"kind": "final", "model": {"groups": 0}, "sha256": "x"}',
+                                  b'{"kind": "final", "model": {"n_low": 1.5}, "sha256": "x"}'),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_once_is_refused_now(name):
+    target = next(target for target in fuzz.TARGETS if target.name == name)
+    with fuzz.Tried(target) as tried:
+        for data in FOUND[name]:
+            tried.once(data)
+        assert not tried.crashes and tried.n == len(FOUND[name])
+
+
 CHECKPOINTS = SCRIPT.parent.parent / "ssl_kit" / "assets" / "checkpoints"
 LOADERS = {"enhance": ("enhance", "checkpoints", "load_checkpoint"), "nearfield": ("nearfield", "checkpoints",
            "load_checkpoint"), "fewshot": ("fewshot", "training", "load_encoder")}

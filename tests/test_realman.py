@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 import ssl_kit.arrays.realman as realman_module
 from ssl_kit.arrays.angles import angular_error_deg
 from ssl_kit.arrays.geometry import SPEED_OF_SOUND, named_array
-from ssl_kit.arrays.realman import parse_azimuth, read_locations, read_recording, read_t60, spread, stream_recordings
+from ssl_kit.arrays.realman import (
+    location_file,
+    parse_azimuth,
+    read_locations,
+    read_recording,
+    read_t60,
+    spread,
+    stream_recordings,
+)
 from ssl_kit.arrays.realman_mix import RealmanMixtures, looped, mix_recording, noise_piece, read_noises
 from ssl_kit.arrays.rooms import SceneConfig, sample_scene, scene_responses, speech_image
 from ssl_kit.arrays.simulate import simulate_dataset
@@ -445,3 +453,17 @@ def test_a_walk_comes_back_from_its_table(tmp_path):
         assert len(recording.azimuth_deg) == len(recording.voice_activity) == 8
         assert angular_error_deg(recording.azimuth_deg, truth.azimuth_deg).max() < 1e-4
         assert np.isclose(item.distance_m, truth.distance_m, atol=1e-3)
+
+
+def test_a_table_that_is_none_is_named(tmp_path):
+    """Bytes that are no text, an empty file, a row with more fields than columns."""
+    table = location_file(tmp_path, "test", "static")
+    table.parent.mkdir()
+    for data in (b"", b"filename,angle(\xb0)\n", b"\xff\xfe\x00", b'filename,angle\n"' + b"x" * 200_000):
+        table.write_bytes(data)
+        with pytest.raises(DataError, match=table.name):
+            read_locations(tmp_path, "test")
+    reverberation = tmp_path / "t60.csv"
+    reverberation.write_text("scene,seconds\na,0.5,0.6\n")
+    with pytest.raises(DataError, match="t60.csv"):
+        read_t60(reverberation)

@@ -1,5 +1,6 @@
 """The training loop: plateau and stopping survive a kill, and what an older training lacked has its default."""
 
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssl_kit.lab import training as training_loop
-from ssl_kit.lab.errors import ParameterError
+from ssl_kit.lab.errors import CheckpointError, ParameterError
 from ssl_kit.lab.training import TrainingConfig, epochs_without_best, plateau_factor, train_network
 
 
@@ -108,6 +109,35 @@ def test_a_training_from_before_an_option_goes_on_with_its_default(tmp_path):
     saved["configs"]["training"]["clip_norm"] = 0.5
     torch.save(saved, tmp_path / "last.ckpt")
     with pytest.raises(ParameterError, match="clip_norm"):
+        train(tmp_path, config)
+
+
+def test_a_damaged_state_is_named_and_not_trained_on(tmp_path):
+    """A bit turned in a weight (PyTorch reads it without a word), an end cut off, what is no state at all."""
+    config = TrainingConfig(steps=10, epoch_steps=5, precision="32-true")
+    train(tmp_path, config, time_limit_s=0)
+    path, rng = tmp_path / "last.ckpt", random.Random(0)
+    whole = path.read_bytes()
+    expected = [row["loss"] for row in train(tmp_path, config)[1]]
+    n_named = 0
+    for k in range(40):
+        damaged = bytearray(whole)
+        if k % 2:
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        else:
+            del damaged[rng.randrange(len(damaged)):]
+        path.write_bytes(damaged)
+        try:
+            assert [row["loss"] for row in train(tmp_path, config)[1]] == expected   # padding, or a date
+        except CheckpointError as error:
+            assert "last.ckpt" in str(error) and "begins anew" in str(error)
+            n_named += 1
+    assert n_named > 25
+    path.write_bytes(whole)
+    saved = torch.load(path, weights_only=True)
+    del saved["optimizer"]
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match="does not fit"):
         train(tmp_path, config)
 
 

@@ -48,7 +48,7 @@ def _geometry_from_yaml(path: Path) -> ArrayGeometry:
     if not isinstance(content, dict) or not isinstance(content.get("microphones"), dict):
         raise DataError(f"{path}: expected the keys label, reference and microphones (a mapping of mic name to "
                         "[x, y, z] in metres)")
-    unknown = sorted(set(content) - {"label", "reference", "microphones"})
+    unknown = sorted(map(str, set(content) - {"label", "reference", "microphones"}))
     if unknown:
         raise DataError(f"{path}: unknown keys {unknown}; expected label, reference, microphones")
     names, positions = [], []

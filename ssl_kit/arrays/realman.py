@@ -78,12 +78,16 @@ def parse_azimuth(text: str, where: str = "angle") -> np.ndarray:
 # %% ../../nbs/arrays/realman.ipynb #1e9021e1
 def _rows(path: Path, columns: tuple[str, ...]) -> list[dict]:
     "Rows of a CSV that must have `columns`; the byte-order mark and an unnamed index column do not matter."
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = [c for c in columns if c not in (reader.fieldnames or [])]
-        if missing:
-            raise DataError(f"{path}: expected the columns {list(columns)}, found {reader.fieldnames}")
-        return list(reader)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            named, found = reader.fieldnames or [], list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: expected a table as CSV in UTF-8, found something else ({error})") from error
+    missing = [c for c in columns if c not in named]
+    if missing:
+        raise DataError(f"{path}: expected the columns {list(columns)}, found {named}")
+    return found
 
 
 def _mean_known(text, lowest: float) -> float:
@@ -147,7 +151,7 @@ def _seconds(value, where: str) -> float | None:
     if isinstance(value, dict):
         keys = [key for key in value if "t60" in str(key).lower()]
         if len(keys) != 1:
-            raise DataError(f"{where}: expected one entry that speaks of T60, found {keys or sorted(value)}")
+            raise DataError(f"{where}: expected one entry that speaks of T60, found {keys or sorted(map(str, value))}")
         value = value[keys[0]]
     if value is None or str(value).strip().lower() in ("", "-", "/", "none", "nan", "n/a"):
         return None

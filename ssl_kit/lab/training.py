@@ -9,7 +9,11 @@ __all__ = ['SCHEDULES', 'TrainingConfig', 'learning_rate_factor', 'epochs_withou
 # %% ../../nbs/lab/training.ipynb #c8d940cf
 import copy
 import math
+import pickle
+import struct
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,7 +23,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
-from .errors import ParameterError
+from .errors import CheckpointError, ParameterError
 from .files import atomic_write, write_json
 
 # %% ../../nbs/lab/training.ipynb #25aafd64
@@ -127,6 +131,25 @@ class Task(Protocol):
     def loss(self, network, prepared: tuple, training: TrainingConfig) -> torch.Tensor:
         "A scalar."
 
+# %% ../../nbs/lab/training.ipynb #5d1c03ab
+_UNREADABLE = (AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+               pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error)
+_ANEW = "put a whole copy there, or remove the file and the training begins anew"
+
+
+def _read_state(path: Path) -> dict:
+    "What `_State.save` wrote; CheckpointError for a file that is truncated or altered."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is not what was written")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved["configs"], dict):
+            raise TypeError("no state of a training")
+        return saved
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{path}: truncated or damaged ({error}); {_ANEW}") from error
+
 # %% ../../nbs/lab/training.ipynb #09f17913
 class _State:
     "Model, average, optimizer and history of one training, saved and restored together."
@@ -201,8 +224,10 @@ class _State:
                         "best": self.best, "optimizer": self.optimizer.state_dict()}, file)
 
     def load(self, path: Path) -> None:
-        "Restore from `path`; ParameterError when it was trained with another configuration."
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        """Restore from `path`.
+
+        ParameterError when it was trained with another configuration, CheckpointError when the file is damaged."""
+        saved = _read_state(path)
         # a training that was begun before an option existed had its default
         usual = {"training": {item.name: item.default for item in fields(self.config)} | {"devices": 1}}
         for kind, now in self._configs().items():
@@ -211,10 +236,13 @@ class _State:
             if differs:
                 raise ParameterError(f"{path}: this training was started with other values of {differs} ({kind}); "
                                      f"restore them or train in another folder")
-        self.model.load_state_dict(saved["model"])
-        self.average.load_state_dict(saved["average"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.history, self.best = saved["step"], saved["history"], saved.get("best")
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.average.load_state_dict(saved["average"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.history, self.best = saved["step"], saved["history"], saved.get("best")
+        except _UNREADABLE as error:
+            raise CheckpointError(f"{path}: does not fit this training ({error!r}); {_ANEW}") from error
 
 # %% ../../nbs/lab/training.ipynb #8c06003f
 def train_network(
