@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -119,3 +120,33 @@ def open_browser(width, height, downloads=None):
         yield Browser(browser)
     finally:
         browser.quit()
+
+
+@contextlib.contextmanager
+def lab_server(folder):
+    """A JupyterLab that serves the notebooks of a folder: a function from a notebook's name to its address.
+
+    Its pages have `jupyterapp`, and nothing of the user's settings is read or written."""
+    pytest.importorskip("jupyterlab", reason="needs JupyterLab: pip install 'jupyterlab>=4,<5'")
+    port, token = free_port(), secrets.token_hex()
+    own = {name: str(folder / ".jupyter")
+           for name in ("JUPYTER_CONFIG_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")}
+    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip", "127.0.0.1",
+                               "--port", str(port), "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
+                               f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True",
+                               "--LabApp.news_url=None"],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **own})
+
+    def listens():
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            return False
+        return True
+
+    try:
+        wait_for(listens, "JupyterLab")
+        yield lambda name: f"http://127.0.0.1:{port}/lab/tree/{name}?reset&token={token}"
+    finally:
+        server.terminate()
+        server.wait(20)

@@ -1,16 +1,11 @@
 """The explorer's numbers are the study's, its lists hold the right recordings, its controls do what they say."""
 
-import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from browser import free_port, open_browser, wait_for
+from browser import lab_server, open_browser, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -306,8 +301,8 @@ def test_the_panel_works_in_jupyterlab_in_a_browser(tmp_path):
     pytest.importorskip("jupyterlab")
     pytest.importorskip("ipywidgets")
     (tmp_path / "panel.ipynb").write_text(json.dumps(panel_notebook()), encoding="utf-8")
-    with open_browser(1400, 1500) as browser, lab_server(tmp_path) as port:
-        browser.driver.get(f"http://127.0.0.1:{port}/lab/tree/panel.ipynb?reset")
+    with open_browser(1400, 1500) as browser, lab_server(tmp_path) as address_of:
+        browser.driver.get(address_of("panel.ipynb"))
         keys = webdriver.Keys
         for _ in range(40):  # JupyterLab replaces the cell while the page settles, and its kernel takes a while to come
             try:
@@ -332,27 +327,3 @@ def test_the_panel_works_in_jupyterlab_in_a_browser(tmp_path):
         assert wait_for(another_sound, "sound of the second recording") == pytest.approx(1.0, abs=0.05)
         pictures = browser.run("return [...document.querySelectorAll('.jp-OutputArea img')].map(e => e.naturalWidth)")
         assert len(pictures) == 2 and min(pictures) > 300
-
-
-@contextlib.contextmanager
-def lab_server(folder):
-    """Port of a JupyterLab that serves the notebooks of a folder."""
-    port = free_port()
-    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--ip", "127.0.0.1", "--port",
-                               str(port), "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}",
-                               "--allow-root"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                              env={**os.environ, "JUPYTER_CONFIG_DIR": str(folder / "config")})
-
-    def listens():
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-        except OSError:
-            return False
-        return True
-
-    try:
-        wait_for(listens, "JupyterLab", 60)
-        yield port
-    finally:
-        server.terminate()
-        server.wait(20)

@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import gzip
 import html
 import json
 import os
@@ -96,6 +97,35 @@ def test_page_is_self_contained_escaped_and_well_formed(runs, tmp_path):
         assert expected in page.text
     data = next(a for a in page.addresses if a.startswith("data:text/csv"))
     assert base64.b64decode(data.partition(",")[2]) == (run.folder / "figures" / "mae_vs_rate.csv").read_bytes()
+
+
+def test_a_long_table_is_packed_and_the_same(runs, tmp_path):
+    run = make_run(runs, "rooms", "cd34", "mae_vs_rate")
+    long = run.folder / "tables" / "long.csv"
+    long.write_text("a,b\n" + "1,2\n" * 20000)
+    page = Page(report.build_report([run], tmp_path / "r.html").read_text("utf-8"))
+    packed = [address for address in page.addresses if address.startswith("data:application/gzip;base64,")]
+    assert len(packed) == 1 and len(packed[0]) < 2000 and "long.csv.gz" in page.text
+    assert gzip.decompress(base64.b64decode(packed[0].partition(",")[2])) == long.read_bytes()
+
+
+def test_sounds_are_inside_noisy_first_and_clean_last(runs, tmp_path, monkeypatch):
+    from ssl_kit.lab.audio import write_audio
+
+    run = make_run(runs, "rooms", "cd34")
+    monkeypatch.setattr(report, "SOUND_MB", 0.01)
+    listen = run.folder / "artifacts" / "listen"
+    samples = {"clean.wav": 1000, "R3_network.flac": 2000, "noisy.wav": 3000, "a<b.wav": 16000}
+    for name, n in samples.items():
+        write_audio(listen / name, [0.1] * n)
+    text = report.build_report([run, make_run(runs, "study", "ef56")], tmp_path / "r.html").read_text("utf-8")
+    page = Page(text)
+    sounds = [address for address in page.addresses if address.startswith("data:audio/")]
+    assert [address.partition(";")[0].partition("/")[2] for address in sounds] == ["wav", "flac", "wav"]
+    for address, name in zip(sounds, ("noisy.wav", "R3_network.flac", "clean.wav"), strict=True):
+        assert base64.b64decode(address.partition(",")[2]) == (listen / name).read_bytes()
+    assert page.open == [] and "R3 network" in page.text and "a<b.wav in the run folder" in page.text
+    assert text.count("To listen to") == 1 and "media-src data:;" in text
 
 
 def test_links_lead_to_the_run_folders(runs, tmp_path):
