@@ -46,7 +46,8 @@ def review_figure(review: "pd.DataFrame", metrics: Sequence[str] = ("pesq", "sto
                       color=style["color"])
             for y, value in zip(place[below], rows[metric][below], strict=True):
                 ax.plot(floor_db, y, marker="<", color=style["color"], markersize=4)
-                ax.annotate(f"{value:.1f}", (floor_db, y), (5, 0), textcoords="offset points", fontsize=6, va="center")
+                ax.annotate(f"{value:.1f}", (floor_db, y), (5 + 24 * k, 0), textcoords="offset points", fontsize=6,
+                            va="center", color=style["color"])
             if test_set in noisy:
                 ax.axvline(noisy[test_set], color=style["color"], linewidth=0.7, linestyle=":")
         ax.set_xlabel(METRIC_LABELS[metric])
