@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..lab.bench import BenchResult, compare
+from ..lab.workers import process_pool
 
 # %% auto #0
 __all__ = ['bench_rooms']
@@ -31,8 +32,6 @@ def bench_rooms(quick: bool = False, workers: int = 2) -> BenchResult:
 
     The detail has the CPU time of one recording: on a machine that does other work too, it says what the wall cannot.
     """
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
 
     from ssl_kit.arrays.geometry import named_array
     from ssl_kit.arrays.rooms import SceneConfig
@@ -42,7 +41,7 @@ def bench_rooms(quick: bool = False, workers: int = 2) -> BenchResult:
     n, n_batch = (8, 8) if quick else (32, 8)
     wall_s, cpu_s = dict.fromkeys(configs, 0.0), dict.fromkeys(configs, 0.0)
     with tempfile.TemporaryDirectory() as folder, \
-            ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            process_pool(workers) as pool:
 
         def make(name: str, indices) -> tuple[float, float]:
             tasks = [(Path(folder) / name, configs[name], geometry, 0, "test", index) for index in indices]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..lab.errors import DataError, ParameterError
 from ..lab.files import file_lock, read_json, sha256_file, sha256_json, write_json, write_text
 from ..lab.progress import progress
 from ..lab.threads import all_threads
+from ..lab.workers import process_pool
 
 # %% auto #0
 __all__ = ['make_recording', 'simulate_dataset']
@@ -146,9 +147,8 @@ def simulate_dataset(config: SceneConfig, folder, n: int, seed: int = 0, geometr
 
 def _in_processes(stack: ExitStack, tasks, workers: int):
     "Results as they come from worker processes; the first error stops the rest."
-    import multiprocessing
 
     # spawned, not forked: numerical libraries with running threads do not survive a fork
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = process_pool(workers)
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
     return pool.map(make_recording, tasks, chunksize=max(1, min(8, len(tasks) // (4 * workers))))

@@ -10,7 +10,6 @@ __all__ = ['METRICS', 'si_sdr', 'pesq_version', 'pesq_wb', 'stoi', 'estoi', 'eva
 import os
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from ..lab.context import usable_cores
 from ..lab.errors import DataError, ParameterError, SslKitError
 from ..lab.progress import progress
 from ..lab.statistics import cluster_bootstrap
+from ..lab.workers import process_pool
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -179,7 +179,7 @@ def evaluate_pairs(
     jobs = [(one, other, tuple(metrics)) for one, other in zip(clean, enhanced, strict=True)]
     workers = min(workers if workers is not None else usable_cores(), max(len(jobs), 1))
     if workers > 1:
-        with ProcessPoolExecutor(workers) as pool:
+        with process_pool(workers, "fork") as pool:
             rows = list(progress(pool.map(_evaluate_job, jobs), total=len(jobs), label=label))
     else:
         rows = [_evaluate_job(job) for job in progress(jobs, label=label)]

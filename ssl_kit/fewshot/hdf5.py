@@ -9,7 +9,6 @@ __all__ = ['COMPRESSIONS', 'write_hdf5', 'Hdf5Store', 'NpyFolder', 'read_segment
 import importlib
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 from .features import FeatureConfig
 from ..lab.errors import DataError, MissingDataError, ParameterError
 from ..lab.files import atomic_write
+from ..lab.workers import process_pool
 
 # %% ../../nbs/fewshot/hdf5.ipynb #0b29e5b6
 COMPRESSIONS = (None, "lzf", "gzip")
@@ -136,7 +136,7 @@ def reading_rate(store, names: Sequence[str], n_reads: int, n_workers: int = 1, 
         found = [read_segments(store, names, n_reads, length, seed)]
     else:
         context = get_context("spawn")
-        with context.Manager() as manager, ProcessPoolExecutor(n_workers, context) as pool:
+        with context.Manager() as manager, process_pool(n_workers) as pool:
             barrier = manager.Barrier(n_workers)
             jobs = [pool.submit(_one_reader, store, names, n_reads, length, seed + k, barrier)
                     for k in range(n_workers)]

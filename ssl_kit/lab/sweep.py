@@ -11,7 +11,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .progress import progress
 from .runs import Run, assign, carry_out, plan
 from .stages import PROFILES, Stage, list_stages, stages_folder, with_needs
 from .tables import format_number, text_table
+from .workers import process_pool
 
 # %% ../../nbs/lab/sweep.ipynb #be7d3f7b
 def grid_points(grid: Iterable[str], seeds: int | None, stage: Stage) -> list[list[str]]:
@@ -66,9 +67,7 @@ def run_point(stage: str, profile: str, pairs: Sequence[str], device: str, stage
 def _executor(jobs: int, scheduler: str | None) -> Iterable[Executor]:
     "Local processes, or the workers of a Dask scheduler."
     if scheduler is None:
-        import multiprocessing
-
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as executor:
+        with process_pool(jobs) as executor:
             yield executor
         return
     try:

@@ -7,7 +7,6 @@ __all__ = ['ArrayBankConfig', 'make_group', 'build_array_bank', 'ArrayBank']
 
 # %% ../../nbs/localize/array_bank.ipynb #672f901c
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..lab.errors import DataError, ParameterError
 from ..lab.files import read_json, write_json
 from ..lab.noises import noise_samples
 from ..lab.progress import progress
+from ..lab.workers import process_pool
 from .mixtures import draw_response
 
 # %% ../../nbs/localize/array_bank.ipynb #edc1f0b3
@@ -173,9 +173,8 @@ def _results(jobs, workers: int, scheduler=None):
     if workers == 1:
         yield from map(_job, jobs)
         return
-    from multiprocessing import get_context
 
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with process_pool(workers) as pool:
         yield from pool.map(_job, jobs)
 
 

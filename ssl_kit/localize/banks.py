@@ -8,10 +8,8 @@ __all__ = ['BankPlan', 'union_array', 'render', 'plan_of', 'render_again', 'reco
 # %% ../../nbs/localize/banks.ipynb #1b74a6b3
 import zipfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from ..lab.errors import DataError, ParameterError
 from ..lab.files import atomic_write, read_json, to_plain, write_json
 from ..lab.progress import progress
 from ..lab.threads import torch_threads
+from ..lab.workers import process_pool
 from .bank_rows import Question, ask, write_bank, write_fallback, write_scores
 from .probes import Probe, as_probe, probe_of
 from .srp import SRPConfig
@@ -223,8 +222,7 @@ def make_parts(plan: BankPlan, folder, workers: int | None = None, part_size: in
             for job in waiting:
                 bar.update(_make_part(job))
         else:
-            # spawned, not forked: a fork of a process with running threads (torch, Jupyter) can hang
-            with ProcessPoolExecutor(min(workers, len(waiting)), mp_context=get_context("spawn")) as pool:
+            with process_pool(min(workers, len(waiting))) as pool:
                 for n in pool.map(_make_part, waiting):
                     bar.update(n)
     return [job[1] for job in jobs]

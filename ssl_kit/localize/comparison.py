@@ -8,10 +8,8 @@ __all__ = ['BOUND', 'ComparisonPlan', 'heard_by', 'answer', 'compare_localizers'
 # %% ../../nbs/localize/comparison.ipynb #36c35940
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from ..arrays.rooms import SceneConfig, render_scene, sample_scene
 from ..lab.context import usable_cores
 from ..lab.errors import ParameterError
 from ..lab.progress import progress
+from ..lab.workers import process_pool
 from .banks import union_array
 from .protocol import list_localizers, localizer, overall_azimuth_deg
 
@@ -129,7 +128,7 @@ def _results(jobs: Sequence, workers: int):
         yield from map(_make_part, jobs)
         return
     # spawned, not forked: a fork of a process with running threads (torch, Jupyter) can hang
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+    with process_pool(min(workers, len(jobs))) as pool:
         yield from pool.map(_make_part, jobs)
 
 # %% ../../nbs/localize/comparison.ipynb #42cd2e1e

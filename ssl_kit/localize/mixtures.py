@@ -8,7 +8,6 @@ __all__ = ['draw_response', 'build_response_bank', 'load_speech', 'diffuse_bank'
 
 # %% ../../nbs/localize/mixtures.ipynb #6c43d8df
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from ..lab.errors import DataError, ParameterError
 from ..lab.files import atomic_write
 from ..lab.noises import NoiseClip, noise_samples
 from ..lab.progress import progress
+from ..lab.workers import process_pool
 
 # %% ../../nbs/localize/mixtures.ipynb #07cd3842
 def draw_response(
@@ -85,7 +85,7 @@ def build_response_bank(
     workers = workers if workers is not None else usable_cores()
     with atomic_write(folder / "responses.npy") as file, progress(total=n, label="room responses") as bar:
         np.lib.format.write_array_header_2_0(file, header)
-        with ProcessPoolExecutor(workers) if workers > 1 else _Serial() as pool:
+        with process_pool(workers, "fork") if workers > 1 else _Serial() as pool:
             for responses, part in pool.map(_bank_slice, jobs):
                 file.write(responses.tobytes())
                 facts.append(part)

@@ -10,9 +10,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ import numpy as np
 from ..lab.errors import DataError, MissingDataError, ParameterError
 from ..lab.files import DAMAGED_ARRAYS, atomic_write, file_lock, read_json, to_plain, write_json
 from ..lab.progress import progress
+from ..lab.workers import process_pool
 from .codebooks import codes_of, phase_indices
 from .geometry import Surface
 from .scenes import MAX_SOURCES, SceneBatch, SceneConfig, draw_scenes, true_covariance
@@ -236,7 +235,7 @@ def _results(jobs: list[tuple], workers: int, scheduler) -> Iterator[int]:
     elif workers == 1 or len(jobs) == 1:
         yield from map(_build_one, jobs)
     else:
-        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+        with process_pool(min(workers, len(jobs))) as pool:
             yield from pool.map(_build_alone, jobs)
 
 # %% ../../nbs/nearfield/shards.ipynb #fe420d13
