@@ -149,8 +149,9 @@ def test_the_shipped_detector_is_what_its_card_says():
     except MissingDataError as error:
         pytest.skip(str(error))
     network, preprocessing, about = load_encoder(folder)
-    assert network.config == EncoderConfig() and set(about["rules"]) >= {"prototypes"}
     card = (folder / "README.md").read_text()
+    assert network.config == EncoderConfig("v1", network.config.channels) and about["method"] in about["rules"]
+    assert f"channels {', '.join(map(str, network.config.channels))}, {32 * network.config.channels[-1]:,} out" in card
     assert f"{about['steps']:,} episodes" in card and preprocessing.feature.kind in card
     history = json.loads((folder / "history.json").read_text())
     assert about["best_step"] in [row["step"] for row in history]
