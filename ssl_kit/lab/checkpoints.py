@@ -118,13 +118,15 @@ def fit_weights(network: "torch.nn.Module", tensors: Mapping[str, "torch.Tensor"
         raise CheckpointError(f"{path}: does not fit this network ({error})") from error
 
 # %% ../../nbs/lab/checkpoints.ipynb #50b81c9f
-def find_checkpoint(name: str | os.PathLike, shelf: Path, begin: str = "", advice: str = "") -> Path:
+def find_checkpoint(name: str | os.PathLike, shelf: Path, begin: str | tuple[str, ...] = "",
+                    advice: str = "") -> Path:
     """Folder `name` of `shelf`, or `name` itself where it is the path of a folder with a checkpoint.
 
-    MissingDataError names those on the shelf whose names begin with `begin`, and gives the `advice`."""
-    for folder in (shelf / name, Path(name)):
+    Only names that begin with (one of) `begin` are on the shelf for the caller: `lab.provenance` reads from the call on
+    which weights a stage depends. MissingDataError names them, and gives the `advice`."""
+    for folder in (*((shelf / name,) if str(name).startswith(begin) else ()), Path(name)):
         if (folder / WEIGHTS).is_file() or (folder / CONFIG).is_file():
             return folder
-    there = sorted(path.parent.name for path in shelf.glob(f"{begin}*/{CONFIG}"))
+    there = sorted(path.parent.name for path in shelf.glob(f"*/{CONFIG}") if path.parent.name.startswith(begin))
     raise MissingDataError(f"checkpoint {str(name)!r}: expected {'one of ' if there else ''}"
                            f"{', '.join([*there, f'a folder with {WEIGHTS} and {CONFIG}'])}{advice}")

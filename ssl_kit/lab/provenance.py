@@ -94,15 +94,25 @@ def _assets_used(source: str, known: frozenset[str]) -> frozenset[str]:
 def _begins_of_names(source: str) -> tuple[dict[str, set[str]], dict[str, int]]:
     """For folders of assets/ of which a source takes but entries whose names begin in a known way, those beginnings.
 
-    `... / "assets" / "checkpoints" / f"enhance_{name}"` gives {"checkpoints": {"enhance_"}}; and how often."""
+    `... / "assets" / "checkpoints" / f"enhance_{name}"` and `find_checkpoint(name, ... / "assets" / "checkpoints",
+    "enhance_")` give {"checkpoints": {"enhance_"}}; and how often."""
     begins, counts = {}, {}
+
+    def is_assets(node: ast.AST) -> bool:
+        return isinstance(node, ast.BinOp) and getattr(node.right, "value", None) == "assets"
+
     for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "find_checkpoint" and len(node.args) > 2:
+            shelf, names = node.args[1], node.args[2]
+            names = {part.value for part in ast.walk(names) if isinstance(part, ast.Constant)} - {""}
+            if names and isinstance(shelf, ast.BinOp) and is_assets(shelf.left):
+                begins.setdefault(shelf.right.value, set()).update(names)
+                counts[shelf.right.value] = counts.get(shelf.right.value, 0) + 1
         if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and isinstance(node.left, ast.BinOp)):
             continue
         folder, above, name = node.left.right, node.left.left, node.right
         name = name.values[0] if isinstance(name, ast.JoinedStr) and name.values else name
-        inside = isinstance(above, ast.BinOp) and getattr(above.right, "value", None) == "assets"
-        if inside and all(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in (folder, name)):
+        if is_assets(above) and all(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in (folder, name)):
             begins.setdefault(folder.value, set()).add(name.value)
             counts[folder.value] = counts.get(folder.value, 0) + 1
     return begins, counts
@@ -124,7 +134,7 @@ def code_digests(source: str, root: Path | None = None) -> dict[str, str]:
     for name in frozenset().union(*(_assets_used(text, known) for text in sources.values())):
         chosen = top.glob(f"{name}*") if "/" in name else (top / name,)
         for path in (part for entry in chosen for part in (entry, *entry.rglob("*"))):
-            if path.is_file() and "__pycache__" not in path.parts:
+            if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md":
                 digests[path.relative_to(root).as_posix()] = sha256_file(path)
     return dict(sorted(digests.items()))
 

@@ -79,4 +79,4 @@ def convert_foreign(path, config, folder, kind: str = "crnn") -> Path:
 # %% ../../nbs/localize/checkpoints.ipynb #44ca4df7
 def shipped_checkpoint(name: str = "crnn_6cm") -> Path:
     "A checkpoint that is part of the package, or `name` itself where it is a path; MissingDataError with their names."
-    return find_checkpoint(name, package_folder() / "assets" / "checkpoints")
+    return find_checkpoint(name, package_folder() / "assets" / "checkpoints", ("crnn", "geonet", "ipdnet"))
