@@ -105,9 +105,11 @@ class EnhancementExplorer:
         self.start = w.FloatSlider(min=0.0, max=0.0, step=0.5, description="from (s)", style=narrow,
                                    layout=w.Layout(width="330px"), continuous_update=False)  # hidden by its own
         self.numbers, self.players = w.HTML(), w.HTML()
-        self.picture = w.Image(format="png", layout=w.Layout(width="700px", max_width="100%", object_fit="contain"))
-        controls = w.VBox([self.mixture, self.model, self.strength, self.start, self.numbers])
-        self.panel = w.Box([controls, w.VBox([self.picture, self.players], layout=w.Layout(max_width="100%"))],
+        self.picture = w.Image(format="png", layout=w.Layout(width="100%", object_fit="contain"))
+        controls = w.VBox([self.mixture, self.model, self.strength, self.start, self.numbers],
+                          layout=w.Layout(width="340px"))
+        results = w.VBox([self.picture, self.players], layout=w.Layout(flex="1 1 500px", max_width="710px"))
+        self.panel = w.Box([controls, results],
                            layout=w.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="12px"))
         self.mixture.observe(lambda _: self._mixture_changed(), "value")
         for control in (self.model, self.strength, self.start):
