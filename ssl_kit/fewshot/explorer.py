@@ -120,7 +120,7 @@ class PosteriorExplorer:
         self.start = w.FloatSlider(min=0, max=0, step=0.5, description="from (s)", style=narrow,
                                    layout=w.Layout(width="330px"), continuous_update=False)  # hidden by its own
         self.numbers, self.player = w.HTML(), w.HTML()
-        self.picture = w.Image(format="png", layout=w.Layout(width="100%", object_fit="contain"))
+        self.picture = w.Image(format="png", layout=w.Layout(width="99%", object_fit="contain"))
         self.curve = w.Image(format="png", layout=w.Layout(width="330px", object_fit="contain"))
         self.list = w.Select(rows=8, layout=w.Layout(width="330px"))
         left = w.VBox([self.recording, self.method, self.shots, self.threshold, self.own, self.numbers, self.curve],

@@ -232,7 +232,8 @@ class SpectrumExplorer:
         self.span = w.IntSlider(value=12, min=3, max=40, description="span (dB)", style=narrow, layout=wide,
                                 continuous_update=False)
         self.numbers, self.player = w.HTML(), w.HTML()
-        self.picture = w.Image(format="png", layout=w.Layout(flex="1 1 500px", max_width="740px", object_fit="contain"))
+        self.picture = w.Image(format="png", layout=w.Layout(flex="1 1 500px", min_width="300px", max_width="740px",
+                                                             object_fit="contain"))
         controls = [self.recording, self.method, self.time, self.band, self.span, self.numbers, self.player]
         self.panel = w.Box([w.VBox(controls, layout=w.Layout(width="340px")), self.picture],
                            layout=w.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="12px"))
