@@ -23,7 +23,7 @@ GUIDES = {
     "Tutorials": ("guides/tutorial_localize", "guides/tutorial_enhance", "guides/tutorial_nearfield",
                   "guides/tutorial_fewshot"),
     "How to": ("localize/own_recordings", "guides/own_array", "routing/new_detector", "guides/own_data",
-               "lab/kaggle_guide", "guides/thesis", "guides/many_machines"),
+               "guides/explore", "lab/kaggle_guide", "guides/thesis", "guides/many_machines"),
 }
 AS_WRITTEN = ("lab/kaggle_guide",)  # not executed: it would show folders of the machine that builds
 BESIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff")

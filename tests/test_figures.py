@@ -45,6 +45,36 @@ def test_same_figure_same_bytes(fig, tmp_path):
     assert set(first) == {"pdf", "png", "csv", "origin"}
 
 
+def test_a_backend_that_comes_with_the_first_figure_stays_switched_on():
+    import matplotlib as mpl
+
+    before = mpl.is_interactive()
+    try:
+        mpl.interactive(False)
+        with figures.figure_style():
+            mpl.interactive(True)  # what a notebook's backend does as it is loaded
+        assert mpl.is_interactive()
+        with pytest.raises(ZeroDivisionError), figures.figure_style():
+            mpl.interactive(False)
+            _ = 1 / 0
+        assert not mpl.is_interactive()
+    finally:
+        mpl.interactive(before)
+
+
+def test_a_notebook_shows_its_second_figure_too():
+    pytest.importorskip("matplotlib_inline")
+    script = textwrap.dedent("""
+        from IPython.core.interactiveshell import InteractiveShell
+        shell = InteractiveShell.instance()
+        for cell in ("from ssl_kit.lab.figures import new_figure", "fig, _ = new_figure(3)", "fig, _ = new_figure(4)"):
+            shell.run_cell(cell)
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
+    assert done.stdout.count("<Figure size") == 2, done.stdout + done.stderr
+
+
 def test_same_bytes_in_another_process(tmp_path):
     script = textwrap.dedent("""
         import sys, matplotlib

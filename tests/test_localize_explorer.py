@@ -127,7 +127,7 @@ def test_another_recording_has_its_own_sliders_truth_and_sound(explorer):
     explorer.time.value = 6
     sound = explorer.player.value
     explorer.recording.value = "two at once"
-    assert explorer.time.label == "all times" and len(explorer.time.options) == 5
+    assert explorer.time.label == "all" and len(explorer.time.options) == 5
     assert explorer.numbers.value.count("truth") == 2 and explorer.player.value != sound
     explorer.recording.value = "nobody knows"
     assert "truth" not in explorer.numbers.value and "<audio" in explorer.player.value

@@ -74,8 +74,12 @@ def measures_html(before: Mapping[str, float], after: Mapping[str, float]) -> st
     return ("<table style='line-height: 1.4'><tr><th></th><th>before</th><th>after</th><th>gain</th></tr>"
             + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>" + (f"<p>{escape(reason)}</p>" if reason else ""))
 
-# %% ../../nbs/enhance/explorer.ipynb #41bdef23
+# %% ../../nbs/enhance/explorer.ipynb #8b73ea43
 WINDOW_S = 4.0
+_STYLE = """<style>
+.ssl-player { display: inline-block; margin: 4px 12px 4px 0; line-height: 1.4; }
+.ssl-player audio { width: 250px; }
+</style>"""
 
 
 class EnhancementExplorer:
@@ -105,9 +109,11 @@ class EnhancementExplorer:
         self.start = w.FloatSlider(min=0.0, max=0.0, step=0.5, description="from (s)", style=narrow,
                                    layout=w.Layout(width="330px"), continuous_update=False)  # hidden by its own
         self.numbers, self.players = w.HTML(), w.HTML()
-        self.picture = w.Image(format="png", layout=w.Layout(width="700px", max_width="100%", object_fit="contain"))
-        controls = w.VBox([self.mixture, self.model, self.strength, self.start, self.numbers])
-        self.panel = w.Box([controls, w.VBox([self.picture, self.players], layout=w.Layout(max_width="100%"))],
+        self.picture = w.Image(format="png", layout=w.Layout(width="99%", object_fit="contain"))
+        controls = w.VBox([self.mixture, self.model, self.strength, self.start, self.numbers],
+                          layout=w.Layout(width="340px"))
+        results = w.VBox([self.picture, self.players], layout=w.Layout(flex="1 1 500px", max_width="710px"))
+        self.panel = w.Box([controls, results],
                            layout=w.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="12px"))
         self.mixture.observe(lambda _: self._mixture_changed(), "value")
         for control in (self.model, self.strength, self.start):
@@ -152,8 +158,8 @@ class EnhancementExplorer:
         peak = max(float(np.abs(part).max()) for part in signals.values()) or 1.0
         sounds = {name: player_html(part, NETWORK_RATE_HZ, peak) for name, part in signals.items()}
         sounds["taken away"] = player_html(removed, NETWORK_RATE_HZ)
-        self.players.value = "".join(f"<div style='display: inline-block; margin: 4px 12px 4px 0'>{name}<br>{sound}"
-                                     "</div>" for name, sound in sounds.items())
+        self.players.value = _STYLE + "".join(f"<div class='ssl-player'>{name}<br>{sound}</div>"
+                                              for name, sound in sounds.items())
         self.measures = self._measured(mixture)
         level_db = _level_db(self.enhanced, mixture.noisy)
         self.numbers.value = (f"<p>no clean part, so no measures; level {level_db:+.1f} dB</p>" if self.measures is None

@@ -120,12 +120,13 @@ class PosteriorExplorer:
         self.start = w.FloatSlider(min=0, max=0, step=0.5, description="from (s)", style=narrow,
                                    layout=w.Layout(width="330px"), continuous_update=False)  # hidden by its own
         self.numbers, self.player = w.HTML(), w.HTML()
-        self.picture = w.Image(format="png", layout=w.Layout(width="700px", max_width="100%", object_fit="contain"))
+        self.picture = w.Image(format="png", layout=w.Layout(width="99%", object_fit="contain"))
         self.curve = w.Image(format="png", layout=w.Layout(width="330px", object_fit="contain"))
         self.list = w.Select(rows=8, layout=w.Layout(width="330px"))
-        left = w.VBox([self.recording, self.method, self.shots, self.threshold, self.own, self.numbers, self.curve])
+        left = w.VBox([self.recording, self.method, self.shots, self.threshold, self.own, self.numbers, self.curve],
+                      layout=w.Layout(width="340px"))
         right = w.VBox([self.picture, self.start, w.HTML("Click an event to see and to hear it."), self.list,
-                        self.player], layout=w.Layout(max_width="100%"))
+                        self.player], layout=w.Layout(flex="1 1 500px", max_width="710px"))
         self.panel = w.Box([left, right], layout=w.Layout(flex_flow="row wrap", align_items="flex-start",
                                                           grid_gap="12px"))
         self.recording.observe(lambda _: self._recording_changed(), "value")

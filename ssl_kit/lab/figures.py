@@ -67,8 +67,15 @@ def figure_style() -> Iterator[None]:
     "Within the block, figures are drawn in the kit's style; what was set before comes back afterwards."
     import matplotlib as mpl
 
-    with mpl.rc_context(style_parameters()):
-        yield
+    interactive = mpl.is_interactive()
+    try:
+        with mpl.rc_context(style_parameters()):
+            try:
+                yield
+            finally:
+                interactive = mpl.is_interactive()
+    finally:
+        mpl.interactive(interactive)  # a notebook's backend turns this on as it is loaded, with the first figure
 
 
 def set_figure_style() -> None:

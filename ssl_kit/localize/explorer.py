@@ -232,9 +232,10 @@ class SpectrumExplorer:
         self.span = w.IntSlider(value=12, min=3, max=40, description="span (dB)", style=narrow, layout=wide,
                                 continuous_update=False)
         self.numbers, self.player = w.HTML(), w.HTML()
-        self.picture = w.Image(format="png", layout=w.Layout(width="740px", max_width="100%", object_fit="contain"))
+        self.picture = w.Image(format="png", layout=w.Layout(flex="1 1 500px", min_width="300px", max_width="740px",
+                                                             object_fit="contain"))
         controls = [self.recording, self.method, self.time, self.band, self.span, self.numbers, self.player]
-        self.panel = w.Box([w.VBox(controls), self.picture],
+        self.panel = w.Box([w.VBox(controls, layout=w.Layout(width="340px")), self.picture],
                            layout=w.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="12px"))
         self.recording.observe(lambda _: self._recording_changed(), "value")
         for control in (self.method, self.time, self.band, self.span):
@@ -254,7 +255,7 @@ class SpectrumExplorer:
         self._following = True
         for slider, text, count in ((self.time, block_text, len(cube.times_s)),
                                     (self.band, band_text, len(cube.edges_hz) - 1)):
-            slider.options = [(text(cube, None), _ALL), *((text(cube, k), k) for k in range(count))]
+            slider.options = [("all", _ALL), *((text(cube, k), k) for k in range(count))]
             slider.value = _ALL
         self._following = False
         self.player.value = player_html(recording.samples, recording.sample_rate)

@@ -12,7 +12,7 @@ from html import escape
 import numpy as np
 
 from ..lab.errors import DataError, ParameterError
-from ..lab.figures import new_figure
+from ..lab.figures import figure_style, new_figure
 from ..lab.widgets import load_widgets, png_of
 from .covariance import effective_factor
 from .metrics import peak_to_sidelobe_db
@@ -33,6 +33,7 @@ def slice_db(factor: np.ndarray, snr_db: float, batch: SceneBatch, grid: PlaneGr
     return 10 * np.log10(capon(low.astype(np.complex64), float(delta), batch.surface, grid, range_m))
 
 
+@figure_style()
 def slice_figure(map_db: np.ndarray, grid: PlaneGrid, range_m: float, sources: np.ndarray, top_db: float | None = None,
                  span_db: float = 20.0):
     """The map at one range, `span_db` below top_db (its own peak when None), with sources (K, 3).
@@ -49,8 +50,11 @@ def slice_figure(map_db: np.ndarray, grid: PlaneGrid, range_m: float, sources: n
         here = abs(r / range_m - 1) < 0.1
         ax.plot(np.degrees(phi), np.degrees(theta), "x" if here else "o", color="white", markersize=8,
                 markerfacecolor="none", markeredgewidth=1.8 if here else 1.0)
-        ax.annotate(f"{r:.1f} m", (np.degrees(phi), np.degrees(theta)), (6, 6), textcoords="offset points",
-                    color="white", fontsize="small", annotation_clip=True)
+        step = [-6 if np.degrees(angle) > 0.8 * axis[-1] + 0.2 * axis[0] else 6  # inwards at the upper and right edge
+                for angle, axis in ((phi, grid.phi_deg), (theta, grid.theta_deg))]
+        ax.annotate(f"{r:.1f} m", (np.degrees(phi), np.degrees(theta)), step, textcoords="offset points", color="white",
+                    ha="left" if step[0] > 0 else "right", va="bottom" if step[1] > 0 else "top", fontsize="small",
+                    annotation_clip=True)
     ax.set(xlabel="azimuth (°)", ylabel="elevation (°)", title=f"range {range_m:.2f} m",
            xlim=(grid.phi_deg[0], grid.phi_deg[-1]), ylim=(grid.theta_deg[0], grid.theta_deg[-1]))
     fig.colorbar(image, ax=ax, label="dB below the highest peak")
