@@ -10,6 +10,7 @@ import ast
 import difflib
 import io
 import math
+import sys
 import tokenize
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Parameter:
 
     def _check_one(self, value: Any, source: str) -> Any:
         kind = _KINDS[self.kind]
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
             value = float(value)
         if type(value) is not kind or (kind is float and not math.isfinite(value)):
             raise self._refuse(value, source)
