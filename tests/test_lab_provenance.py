@@ -74,6 +74,10 @@ def test_a_new_checkpoint_is_new_code_where_it_may_be_opened(package, source, co
     ("open(folder / 'assets' / 'net' / f'weights{end}')", True),
     ("open(folder / 'assets' / 'net' / 'weights.bin')", True),
     ("open(folder / 'assets' / 'net' / f'other_{name}')", False),
+    ("find_checkpoint(name, folder / 'assets' / 'net', 'weights')", True),
+    ("find_checkpoint(name, folder / 'assets' / 'net', ('other', 'weights'))", True),
+    ("find_checkpoint(name, folder / 'assets' / 'net', 'other')", False),
+    ("find_checkpoint(name, folder / 'assets' / 'net')", True),
     ("open(folder / 'assets' / 'net' / f'other_{name}', folder / 'net')", True),  # the folder is named elsewhere too
     ("open(folder / 'assets' / 'net' / f'{name}_other')", True),
 ])
@@ -121,3 +125,13 @@ def test_data_fingerprint_sees_names_and_sizes(tmp_path):
     assert data_fingerprint(tmp_path, ["speech"]) != before
     with pytest.raises(MissingDataError, match="noise"):
         data_fingerprint(tmp_path, ["speech", "noise"])
+
+
+def test_a_card_beside_weights_counts_for_nothing(package):
+    """It is written from the results of runs that depend on the weights: they would be stale by being written of."""
+    source = "open(folder / 'assets' / 'net' / 'weights.bin')"
+    before = code_digests(source, package)
+    (package / "assets" / "net" / "README.md").write_text("what was measured")
+    assert code_digests(source, package) == before
+    (package / "assets" / "net" / "more.bin").write_text("2")
+    assert code_digests(source, package) != before
