@@ -129,7 +129,7 @@ def test_data_fingerprint_sees_names_and_sizes(tmp_path):
 
 def test_a_card_beside_weights_counts_for_nothing(package):
     """It is written from the results of runs that depend on the weights: they would be stale by being written of."""
-    source = "open(folder / 'assets' / 'net' / 'weights.bin')"
+    source = "open(folder / 'assets' / 'net' / name)"
     before = code_digests(source, package)
     (package / "assets" / "net" / "README.md").write_text("what was measured")
     assert code_digests(source, package) == before
