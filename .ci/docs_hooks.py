@@ -77,7 +77,8 @@ def reading_copy(text, depth):
         if source:
             shown = [output for output in cell.get("outputs", ()) if output.get("name") != "stderr"]
             cells.append({**cell, "source": source} | ({"outputs": shown} if cell["cell_type"] == "code" else {}))
-    about = {key: value for key, value in notebook["metadata"].items() if key != "papermill"}
+    # the state of widgets, pictures and sounds included, is of no use without a kernel
+    about = {key: value for key, value in notebook["metadata"].items() if key not in ("papermill", "widgets")}
     return json.dumps({**notebook, "cells": cells, "metadata": about})
 
 
