@@ -131,7 +131,7 @@ def on_config(config):
     reference = [{title_of[name]: name} for name in ("reference/stages.md", "reference/api.md")]
     config.docs_dir, config.nav = str(docs), [
         {"Start": [{"Start": "index.md"}, {AT_LENGTH: "overview.ipynb"}, guide("guides/lessons"),
-                   {"Conventions": "conventions.ipynb"}]},
+                   guide("guides/hard_knocks"), {"Conventions": "conventions.ipynb"}]},
         *({title: [guide(name) for name in names]} for title, names in GUIDES.items()),
         {"Reference": [*reference,
                        {"Names by track": [{title_of[n]: n} for n in names if n != "reference/api.md"]},
