@@ -85,8 +85,8 @@ def write_card(folder, tables) -> Path:
                       f"{float(row['high']):.1f}]" for row in _rows(tables / "differences.csv")
                       if row["method"] == about["method"])
     facts = [("architecture", f"`ssl_kit.fewshot.encoder.Encoder`, {encoder['version']}, channels "
-              f"{', '.join(map(str, encoder['channels']))}, {32 * encoder['channels'][-1]:,} outputs; {size_mb:.2f} MB, "
-              "half precision"),
+              f"{', '.join(map(str, encoder['channels']))}, {32 * encoder['channels'][-1]:,} outputs; "
+              f"{size_mb:.2f} MB, half precision"),
              ("input", f"{feature['kind']}, {feature['n_mels']} mel bands {feature['fmin_hz']:g}–"
               f"{feature['fmax_hz']:g} Hz, hop {feature['hop_length']} at {feature['sample_rate']:,} Hz; segments of "
               f"{record['preprocessing']['segment_s']:g} s, short calls: {record['preprocessing']['short']}"),

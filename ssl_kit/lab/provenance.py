@@ -112,7 +112,8 @@ def _begins_of_names(source: str) -> tuple[dict[str, set[str]], dict[str, int]]:
             continue
         folder, above, name = node.left.right, node.left.left, node.right
         name = name.values[0] if isinstance(name, ast.JoinedStr) and name.values else name
-        if is_assets(above) and all(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in (folder, name)):
+        if is_assets(above) and all(isinstance(part, ast.Constant) and isinstance(part.value, str)
+                                    for part in (folder, name)):
             begins.setdefault(folder.value, set()).add(name.value)
             counts[folder.value] = counts.get(folder.value, 0) + 1
     return begins, counts
