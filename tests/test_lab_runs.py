@@ -437,6 +437,22 @@ def test_a_study_says_what_it_did(lab, executed, capsys):
     assert "toy" in results_table([outcomes["toy"].run]) and len(executed) == 1
 
 
+def test_ctrl_c_ends_a_study_that_waits_for_another_process(lab):
+    """The other one holds the lock for hours; what was asked for here ends at once, and the other goes on."""
+    from ssl_kit.lab.files import file_lock
+
+    planned = planned_toy()
+    with file_lock(planned.folder / ".lock"):
+        process = start_command("study", "--jobs", "2")
+        said = process.stderr.readline()
+        while "is at it; waiting" not in said:
+            assert said, "the study ended"
+            said = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130 and planned.run.status == {}
+
+
 def test_the_kernel_finds_folders_that_were_named_relative_to_here(lab, monkeypatch):
     for name in ("SSL_KIT_DATA", "SSL_KIT_CACHE"):
         monkeypatch.delenv(name, raising=False)

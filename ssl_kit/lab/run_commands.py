@@ -90,13 +90,6 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _jobs(text: str) -> int:
-    "A number of stages, for argparse."
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1 on, found {text!r}")
-    return int(text)
-
-
 def _add_common(parser: argparse.ArgumentParser) -> None:
     "Options that `run` and `study` share."
     parser.add_argument("-p", "--parameter", action="append", default=[], metavar="KEY=VALUE",
@@ -159,7 +152,7 @@ def run_run(args: argparse.Namespace) -> int:
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     "Arguments of `ssl-kit study`."
     _add_common(parser)
-    parser.add_argument("--jobs", type=_jobs, metavar="N",
+    parser.add_argument("--jobs", type=int, metavar="N",
                         help="stages side by side (as cores and memory allow; 1 on a GPU and at profile full)")
     parser.add_argument("--force", action="store_true", help="make all runs anew")
     parser.epilog = "example: ssl-kit study --profile ci"
@@ -175,7 +168,7 @@ def run_study(args: argparse.Namespace) -> int:
     force = list(planned) if args.force else []
     if args.dry_run:
         return _say_plan(planned, force, args.json)
-    jobs = args.jobs or default_jobs(args.profile, args.device)
+    jobs = default_jobs(args.profile, args.device) if args.jobs is None else args.jobs
     outcomes = run_planned(planned, force, args.device, args.time_limit, jobs=jobs)
     runs = [outcome.run for outcome in outcomes.values()]
     # the profile ci shows that all runs; its figures would overwrite results

@@ -282,7 +282,7 @@ class Beside:
     kill: threading.Event = field(default_factory=threading.Event)
 
 
-def _attempt(planned: Planned, device: str, deadline: float | None, beside: "Beside | None") -> None:
+def _attempt(planned: Planned, device: str, deadline: float | None, beside: Beside | None) -> None:
     "Execute a planned run in its folder, whose lock is held; record what came of it."
     folder, clock, failure = planned.folder, time.monotonic(), None
     status = open_run(planned, device, deadline)

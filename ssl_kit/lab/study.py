@@ -9,9 +9,10 @@ __all__ = ['Outcome', 'say', 'default_jobs', 'next_stage', 'run_planned', 'forma
 import contextlib
 import os
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +121,23 @@ def _share(jobs: int) -> dict[str, str]:
     return {} if jobs == 1 else {"SSL_KIT_CORES": cores} | {name: cores for name in threads if name not in os.environ}
 
 
+def _in_background(function: Callable, *arguments: Any) -> Future:
+    """What `function` will give, from a thread that nobody waits for at the end.
+
+    A pool's threads are joined when Python ends: Ctrl-C would wait as long as a run waits for the lock of another
+    process."""
+    future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
 class _Study:
     "A plan that is being carried out: what goes on, what is done, what failed first."
 
@@ -132,7 +150,7 @@ class _Study:
         self.at_work: dict[Future, _AtWork] = {}
         self.failure: BaseException | None = None
 
-    def begin(self, pool: ThreadPoolExecutor, bar: tqdm) -> None:
+    def begin(self, bar: tqdm) -> None:
         "Start what may start."
         while self.failure is None and len(self.at_work) < self.jobs:
             names = [run.planned.stage.name for run in self.at_work.values()]
@@ -143,8 +161,8 @@ class _Study:
             def waits(pid: str, name: str = name) -> None:
                 bar.write(f"{name}: process {pid} is at it; waiting", file=sys.stderr)
 
-            future = pool.submit(carry_out, self.plan[name], name in self.force, self.device, self.deadline, waits,
-                                 self.beside)
+            future = _in_background(carry_out, self.plan[name], name in self.force, self.device, self.deadline,
+                                    waits, self.beside)
             self.at_work[future] = _AtWork(self.plan[name], self.weights[name], time.monotonic())
 
     def take(self, future: Future, bar: tqdm) -> None:
@@ -176,18 +194,18 @@ def run_planned(plan: Mapping[str, Planned], force: Sequence[str] = (), device: 
         raise ParameterError(f"jobs: expected at least 1, found {jobs}")
     jobs = min(jobs, max(len(plan), 1))
     study = _Study(plan, force, device, None if time_limit_s is None else time.time() + time_limit_s, jobs)
-    with progress(total=sum(study.weights.values()), disable=None if bar is None else not bar) as shown, \
-            ThreadPoolExecutor(jobs) as pool:
+    with progress(total=sum(study.weights.values()), disable=None if bar is None else not bar) as shown:
         shown.bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}"
         try:
-            study.begin(pool, shown)
+            study.begin(shown)
             while study.at_work:
                 for future in wait(study.at_work, timeout=1.0, return_when=FIRST_COMPLETED).done:
                     study.take(future, shown)
-                study.begin(pool, shown)
+                study.begin(shown)
                 _show(shown, list(study.at_work.values()), study.done(), len(study.outcomes), len(plan))
         except BaseException:
             study.beside.kill.set()  # Ctrl-C: kernels don't hear it
+            wait(study.at_work, timeout=10.0)  # for them to be marked; who waits for a lock has nothing to mark
             raise
     if study.failure is not None:
         raise study.failure
