@@ -47,7 +47,8 @@ def review_figure(review: "pd.DataFrame", metrics: Sequence[str] = ("pesq", "sto
             for y, value in zip(place[below], rows[metric][below], strict=True):
                 ax.plot(floor_db, y, marker="<", color=style["color"], markersize=4)
                 ax.annotate(f"{value:.1f}", (floor_db, y), (5 + 24 * k, 0), textcoords="offset points", fontsize=6,
-                            va="center", color=style["color"])
+                            va="center", color=style["color"],
+                            bbox=dict(facecolor="white", edgecolor="none", pad=0.4))
             if test_set in noisy:
                 ax.axvline(noisy[test_set], color=style["color"], linewidth=0.7, linestyle=":")
         ax.set_xlabel(METRIC_LABELS[metric])

@@ -179,7 +179,7 @@ def evaluate_pairs(
     jobs = [(one, other, tuple(metrics)) for one, other in zip(clean, enhanced, strict=True)]
     workers = min(workers if workers is not None else usable_cores(), max(len(jobs), 1))
     if workers > 1:
-        with process_pool(workers, "fork") as pool:
+        with process_pool(workers, None) as pool:
             rows = list(progress(pool.map(_evaluate_job, jobs), total=len(jobs), label=label))
     else:
         rows = [_evaluate_job(job) for job in progress(jobs, label=label)]

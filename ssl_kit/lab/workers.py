@@ -24,8 +24,9 @@ def end_with_parent() -> None:
         threading.Thread(target=wait, daemon=True).start()
 
 
-def process_pool(workers: int, method: str = "spawn") -> ProcessPoolExecutor:
+def process_pool(workers: int, method: str | None = "spawn") -> ProcessPoolExecutor:
     """A pool of `workers` processes that end with this one; `method` as in `multiprocessing.get_context`.
 
-    A fork of a process with running threads (torch, Jupyter) can hang: "fork" is for workers that touch neither."""
+    A fork of a process with running threads (torch, Jupyter) can hang, a spawned one imports all anew: `None`, the
+    way the system prefers (a fork on Linux up to Python 3.13), is for workers that touch neither."""
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method), initializer=end_with_parent)

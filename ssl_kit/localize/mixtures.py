@@ -85,7 +85,7 @@ def build_response_bank(
     workers = workers if workers is not None else usable_cores()
     with atomic_write(folder / "responses.npy") as file, progress(total=n, label="room responses") as bar:
         np.lib.format.write_array_header_2_0(file, header)
-        with process_pool(workers, "fork") if workers > 1 else _Serial() as pool:
+        with process_pool(workers, None) if workers > 1 else _Serial() as pool:
             for responses, part in pool.map(_bank_slice, jobs):
                 file.write(responses.tobytes())
                 facts.append(part)
