@@ -4,12 +4,15 @@ import ast
 import configparser
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 import ssl_kit
 
@@ -64,6 +67,16 @@ def test_nothing_is_used_that_newer_pythons_lack():
     assert len(found) > 300 and not {name: gone for name, gone in found.items() if gone}
     assert outdated("import distutils.util\nfrom imp import reload\nimport ssl\nssl.wrap_socket", (3, 11)) == {
         "distutils", "imp", "ssl.wrap_socket"}
+
+
+@pytest.mark.parametrize("python", ["3.11.0", "3.11.2", "3.12.0", "3.13.0"])  # 3.11.2 is Debian 12's
+def test_every_pinned_version_runs_on_the_pythons_that_are_promised(python):
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    installed = {re.sub(r"[-_.]+", "-", one.metadata["Name"]).lower(): one for one in metadata.distributions()}
+    refused = [f"{name} {version} needs {needed}" for name, version in pins.items() if name in installed
+               and installed[name].version.split("+")[0] == version
+               and not SpecifierSet(needed := installed[name].metadata["Requires-Python"] or "").contains(python)]
+    assert not refused and len(pins.keys() & installed.keys()) > 100
 
 
 def test_version_and_licence_are_told_alike():
