@@ -18,6 +18,7 @@ from ssl_kit.lab import figures, figures_command, report, report_command
 from ssl_kit.lab.errors import DataError, MissingDataError, ParameterError, StorageError
 from ssl_kit.lab.files import read_json, write_json
 from ssl_kit.lab.runs import Run
+from ssl_kit.lab.tables import latex_table
 
 NASTY = "<script>alert('1')</script> & \"quoted\""
 CURVE = {"rate": [0.0, 0.5, 1.0], "mae_deg": [15.4, 12.1, 15.7]}
@@ -196,10 +197,45 @@ def test_export_then_check(runs, tmp_path, capsys):
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["mae_vs_rate", "mae_vs_rate_table"]
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert names == {"mae_vs_rate.pdf", "mae_vs_rate.png", "mae_vs_rate.csv", "mae_vs_rate.origin.json",
-                     "mae_vs_rate_table.tex", "mae_vs_rate_table.origin.json"}
+                     "mae_vs_rate_table.tex", "mae_vs_rate_table.origin.json", "chapter_routing.tex", "figures.md"}
     assert read_json(tmp_path / "figures" / "mae_vs_rate.origin.json")["code_digests"] == {"stage": "ab"}
     assert call(figures_command, "figures", "--check") == 0
     assert capsys.readouterr().out.count("fresh") == 2
+
+
+def test_chapters_tell_of_all_that_the_folder_has(runs, tmp_path, capsys):
+    make_run(runs, "fewshot_evaluate", "ab12", "methods")
+    figures_command.export_figures()
+    make_run(runs, "routing_study", "cd34", "mae_vs_rate")
+    figures_command.export_figures([run for run in figures_command.newest_runs() if run.stage == "routing_study"])
+    folder = tmp_path / "figures"
+    chapter = (folder / "chapter_routing.tex").read_text("utf-8")
+    assert chapter.count("\\begin{figure}") == 1 and "\\input{\\sslkitfigures/mae_vs_rate_table.tex}" in chapter
+    page = (folder / "figures.md").read_text("utf-8")
+    assert page.index("## Detecting failure") < page.index("## Few-shot")  # the order of a thesis, not of the runs
+    named = re.findall(r"\]\(([^)]+)\)", page)
+    assert named and all((folder / name).is_file() for name in named)
+    assert call(figures_command, "figures", "--check") == 0
+    capsys.readouterr()
+    (folder / "chapter_routing.tex").unlink()
+    (folder / "figures.md").write_text("# Mine\n")
+    assert stale(capsys) == {"methods": [], "methods_table": [], "mae_vs_rate": [], "mae_vs_rate_table": [],
+                             "chapter_routing.tex": ["chapter_routing.tex is missing: ssl-kit figures"],
+                             "figures.md": ["figures.md tells of other figures: ssl-kit figures"]}
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_a_chapter_compiles(runs, tmp_path):
+    run = make_run(runs, "routing_study", "ab12", "mae_vs_rate")
+    table = pd.DataFrame({"κ_1": [0.5], "share (%)": [12.0]})
+    latex_table(table, run.folder / "tables" / "mae_vs_rate_table.tex", "≤ 5 %")
+    figures_command.export_figures()
+    (tmp_path / "thesis.tex").write_text(
+        "\\documentclass{article}\\usepackage{graphicx,booktabs,longtable,multirow,textcomp}"
+        "\\begin{document}\\input{figures/chapter_routing}\\end{document}")
+    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "thesis.tex"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def stale(capsys):

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .chapters import chapter_texts
 from .errors import DataError, MissingDataError
 from .figures import write_together
 from .files import read_json, remove_leftovers, sha256_file, to_plain
@@ -70,7 +71,8 @@ def _thesis_files(run: Run) -> dict[str, dict[str, bytes]]:
 def export_figures(runs: Iterable[Run] | None = None, folder: str | os.PathLike | None = None) -> list[dict[str, Any]]:
     """Copy the thesis figures and tables of `runs` (default: the newest of each stage) to `folder`, all or none.
 
-    Returns a row {name, stage, run_id, files} for each. Raises DataError for a figure altered in its run and for a
+    `chapter_*.tex` and `figures.md` there tell of all that the folder then has, by chapters. Returns a row
+    {name, stage, run_id, files} for each figure or table. Raises DataError for a figure altered in its run and for a
     name that two stages use, StorageError when writing fails.
     """
     folder = figures_folder() if folder is None else Path(folder)
@@ -83,6 +85,10 @@ def export_figures(runs: Iterable[Run] | None = None, folder: str | os.PathLike 
                                 "rename one of them")
             rows[name] = {"name": name, "stage": run.stage, "run_id": run.run_id, "files": sorted(files)}
             contents |= {folder / file: content for file, content in files.items()}
+    origins = {path.name: read_json(path) for path in folder.glob("*.origin.json")}
+    origins |= {path.name: json.loads(content) for path, content in contents.items()
+                if path.name.endswith(".origin.json")}
+    contents |= {folder / name: text.encode("utf-8") for name, text in chapter_texts(origins.values()).items()}
     remove_leftovers(folder)
     write_together(contents)
     return list(rows.values())
@@ -93,7 +99,7 @@ class FigureState:
     "One exported figure or table; fresh when there is no reason against it."
 
     name: str
-    stage: str
+    stage: str | None  # None: a page of chapters, which is no stage's
     run_id: str | None
     reasons: tuple[str, ...]
 
@@ -129,7 +135,7 @@ def _run_reasons(origin: dict[str, Any], newest: dict[str, Run], known: set[tupl
 
 
 def check_figures(folder: str | os.PathLike | None = None) -> list[FigureState]:
-    "The state of each figure and table in the thesis set, by name."
+    "The state of each figure and table in the thesis set, by name; of a page of chapters only when it is stale."
     folder = figures_folder() if folder is None else Path(folder)
     newest = {run.stage: run for run in newest_runs()}
     known = {(run.stage, run.run_id) for run in all_runs()}
@@ -144,6 +150,12 @@ def check_figures(folder: str | os.PathLike | None = None) -> list[FigureState]:
                 reasons.append(f"{name} was altered")
         reasons += _run_reasons(origin, newest, known) + _code_reasons(origin)
         states.append(FigureState(origin["name"], origin["stage"], origin.get("run_id"), tuple(reasons)))
+    texts = chapter_texts([read_json(path) for path in folder.glob("*.origin.json")])
+    for name, text in sorted(texts.items()):
+        found = (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else None
+        if found != text:
+            reason = f"{name} is missing" if found is None else f"{name} tells of other figures"
+            states.append(FigureState(name, None, None, (f"{reason}: ssl-kit figures",)))
     return states
 
 # %% ../../nbs/lab/figures_command.ipynb #85e00114
@@ -165,7 +177,7 @@ def run_figures(args: argparse.Namespace) -> int:
             answer = [{**asdict(state), "fresh": state.fresh} for state in states]
             print(json.dumps(answer, ensure_ascii=False, indent=1))
         elif states:
-            rows = [[s.name, s.stage, s.run_id, "; ".join(s.reasons) or "fresh"] for s in states]
+            rows = [[s.name, s.stage or "", s.run_id or "", "; ".join(s.reasons) or "fresh"] for s in states]
             print(text_table(rows, ["figure", "stage", "run", "state"]))
         else:
             print(f"{folder}: no figures yet; ssl-kit study makes them")

@@ -53,6 +53,9 @@ def text_table(rows: Sequence[Sequence[Any]], header: Sequence[str], digits: int
 _LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
           "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "$": r"\$", "°": r"\textdegree{}", "≥": r"$\geq$",
           "≤": r"$\leq$", "±": r"$\pm$", "×": r"$\times$", "→": r"$\to$", "−": r"$-$", "–": "--", "µ": r"\textmu{}"}
+_LATEX |= {letter: rf"$\{name}$" for letter, name in zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi omega "
+    "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega").split(), strict=True)}
 _TOKEN = re.compile(r"\$[^$]+\$|\\[a-zA-Z]+\{[^{}]*\}|\\[&%#_{}$]|.", re.DOTALL)
 
 
