@@ -20,7 +20,7 @@ from ssl_kit.lab.completion import completion_script
 from ssl_kit.lab.errors import ParameterError
 from ssl_kit.lab.execute import StageFailure
 from ssl_kit.lab.files import write_json
-from ssl_kit.lab.runs import assign
+from ssl_kit.lab.runs import all_runs, assign
 from ssl_kit.lab.stages import list_stages, with_needs
 from ssl_kit.lab.sweep import grid_points
 
@@ -199,6 +199,20 @@ def test_list_show_compare(lab, capsys):
     assert compared["parameters"] == {"seed": [0, 4]} and compared["metrics"] == {"MAE": [2.0, 6.0]}
     assert compared["code"] == {} and "no difference" in answer(capsys, "compare", one, one)
     assert "4" in answer(capsys, "compare", one, two)
+
+
+def test_the_slowest_cells_are_listed(lab, capsys):
+    answer(capsys, "run", "above")
+    for run in all_runs():
+        cells = [{"cell_type": "code", "source": f"{name} = 1\nx", "metadata": {"papermill": {"duration": seconds}}}
+                 for name, seconds in (("slow", 5.25 if run.stage == "toy" else 7.0), ("quick", 0.5))]
+        text = {"cell_type": "markdown", "source": "", "metadata": {}}
+        write_json(run.folder / "notebook.ipynb", {"cells": [text, *cells]})
+    rows = answer(capsys, "list", "--slowest", "3", "--json")
+    assert [(row["seconds"], row["stage"], row["cell"]) for row in rows[:2]] == [(7.0, "above", "slow = 1"),
+                                                                               (5.25, "toy", "slow = 1")]
+    assert len(rows) == 3 and "5.2" in answer(capsys, "list", "toy", "--slowest", "1")
+    answer(capsys, "list", "--slowest", "0", code=2)
 
 
 def test_sweep(lab, capsys):

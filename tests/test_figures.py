@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -192,6 +193,36 @@ def test_latex_table_escapes_and_marks(tmp_path):
     assert text.count(r"\toprule") == text.count(r"\bottomrule") == 1
     with pytest.raises(ParameterError, match="mae"):
         tables.latex_table(frame, tmp_path / "x.tex", highlight={"mae": "min"})
+
+
+def wide_table(path, n_columns, n_rows=3):
+    """A table of so many columns with intervals."""
+    cells = [f"{row}.46 [{row}.21, {row}.78]" for row in range(n_rows)]
+    columns = {f"measure {k} (dB)": cells for k in range(n_columns)}
+    return tables.latex_table(pd.DataFrame({"system": ["a network of some length"] * n_rows} | columns), path, "Many.")
+
+
+def test_latex_tables_fit_the_page_or_break(tmp_path):
+    texts = {n: wide_table(tmp_path / f"wide_{n}.tex", n).read_text() for n in (1, 3, 4, 7, 11)}
+    assert "tabcolsep" not in texts[1] and r"\scriptsize" in texts[4] and "0.46 [0.21, 0.78]" in texts[4]
+    assert r"0.46\\{\tiny [0.21, 0.78]}" in texts[7]
+    assert [n for n, text in texts.items() if "landscape" in text] == [7, 11]
+    long = wide_table(tmp_path / "long.tex", 1, tables.LONG + 1).read_text()
+    assert long.count("longtable") == 2 and r"\begin{table}" not in long
+    texts = [*texts.values(), long]
+    assert all(text.count("{") == text.count("}") and text.count(r"\begin") == text.count(r"\end{") for text in texts)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on this machine")
+def test_latex_tables_are_not_cut_off(tmp_path):
+    names = [wide_table(tmp_path / f"wide_{n}_{rows}.tex", n, rows).stem for n in range(1, 9) for rows in (3, 45)]
+    (tmp_path / "all.tex").write_text(
+        r"\documentclass{article}\usepackage{booktabs,longtable,pdflscape,textcomp}\begin{document}"
+        + r"\clearpage".join(rf"\input{{{name}}}" for name in names) + r"\end{document}")
+    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert not [line for line in (tmp_path / "all.log").read_text("latin-1").splitlines() if "Overfull \\hbox" in line]
 
 
 def test_figures_interface_offers_latex_table():

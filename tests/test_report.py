@@ -231,7 +231,7 @@ def test_a_chapter_compiles(runs, tmp_path):
     latex_table(table, run.folder / "tables" / "mae_vs_rate_table.tex", "≤ 5 %")
     figures_command.export_figures()
     (tmp_path / "thesis.tex").write_text(
-        "\\documentclass{article}\\usepackage{graphicx,booktabs,longtable,multirow,textcomp}"
+        "\\documentclass{article}\\usepackage{graphicx,booktabs,longtable,pdflscape,textcomp}"
         "\\begin{document}\\input{figures/chapter_routing}\\end{document}")
     done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "thesis.tex"], cwd=tmp_path,
                           capture_output=True, text=True)

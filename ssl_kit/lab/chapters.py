@@ -41,8 +41,9 @@ def in_chapters(origins: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[
 def _latex(origins: Iterable[Mapping[str, Any]], title: str) -> str:
     "A LaTeX file with all figures and tables of a chapter."
     lines = [f"% {title}. Written by ssl-kit figures: changes are lost.",
-             r"% Needs \usepackage{graphicx,booktabs,longtable,multirow,textcomp}.",
-             r"% Where the folder is not figures/: \newcommand{\sslkitfigures}{FOLDER} before.", r"\providecommand{\sslkitfigures}{figures}"]
+             r"% Needs \usepackage{graphicx,booktabs,longtable,pdflscape,textcomp}.",
+             r"% Where the folder is not figures/: \newcommand{\sslkitfigures}{FOLDER} before.",
+             r"\providecommand{\sslkitfigures}{figures}"]
     for origin in origins:
         name = origin["name"]
         lines += ["", f"% stage {origin['stage']}, run {origin['run_id']}"]

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..lab.errors import ParameterError
 from ..lab.files import write_text
-from ..lab.tables import escape_latex
+from ..lab.tables import escape_latex, fit_latex, stack_interval, table_width, visible_length
 from .evaluation import StudyResult
 from .figures import headline_threshold, label_of
 
@@ -104,11 +104,13 @@ def latex_protocol_table(results: Sequence[StudyResult], path: str | os.PathLike
                          siunitx: bool = False, longtable: bool = False) -> Path:
     r"""Write `protocol_table` as LaTeX (needs booktabs; siunitx or longtable when asked) and return the path.
 
-    `label` defaults to "tab:" and the file's name. `longtable` breaks over pages.
+    `label` defaults to "tab:" and the file's name. `longtable` breaks over pages, has intervals below their values, and
+    is set as small as it must be, turned if need be (pdflscape). Systems without any of the columns are left out.
     """
     import pandas as pd
 
     numbers = protocol_table(results, threshold, columns)
+    numbers = numbers[numbers.xs("value", axis=1, level="part").notna().any(axis=1)]
     honest = [kind == "method" or name.startswith("always_") for kind, name in numbers.index]
     cells = {}
     for protocol, name in dict.fromkeys(column[:2] for column in numbers.columns):
@@ -139,6 +141,8 @@ def _system_label(name: str, fallback_name: str) -> str:
 def _write(frame: "pd.DataFrame", path, caption: str, label: str | None, longtable: bool, rule_after: int = 0) -> Path:
     "A frame of LaTeX cells as a booktabs table, with a rule after the first `rule_after` rows."
     path = Path(path)
+    if longtable:  # over pages, and so with many columns: intervals below, in type that fits
+        frame = frame.map(stack_interval)
     text = frame.style.to_latex(
         hrules=True, caption=escape_latex(caption) or None, label=label or f"tab:{path.stem}", multicol_align="c",
         column_format="l" + "l" * frame.shape[1], environment="longtable" if longtable else None,
@@ -148,6 +152,10 @@ def _write(frame: "pd.DataFrame", path, caption: str, label: str | None, longtab
         body = [k for k, line in enumerate(lines) if line.endswith(r"\\")][-len(frame):]
         lines.insert(body[rule_after], r"\midrule")
         text = "\n".join(lines) + "\n"
+    if longtable:
+        ends = frame.set_axis(["".join(title[-1:] if isinstance(title, tuple) else title) for title in frame.columns],
+                              axis="columns")
+        text = fit_latex(text, table_width(ends) + max(map(visible_length, frame.index)) + 2)
     return write_text(path, text)
 
 # %% ../../nbs/routing/latex.ipynb #4f425ee2
