@@ -35,6 +35,8 @@ endif
 
 # Tests run beside one another: one thread each, or the cores are sold twice.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 NUMBA_NUM_THREADS=1
+# Freed memory is kept for the next array, as in the stages (ssl_kit/lab/execute.py says why).
+KEEP := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456
 QUIET := MPLBACKEND=Agg PYDEVD_DISABLE_FILE_VALIDATION=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 help:
@@ -61,12 +63,12 @@ test: setup
 	@stages= && log=$$(mktemp) && trap '[ -z "$$stages" ] || kill $$stages 2>/dev/null || true; rm -f "$$log"' EXIT && \
 	  echo "stages: at profile ci, beside pytest" && \
 	  { $(MAKE) stages >"$$log" 2>&1 & } && stages=$$! && code=0 && \
-	  { $(QUIET) $(ONE_THREAD) python -m pytest || code=$$?; } && \
+	  { $(QUIET) $(KEEP) $(ONE_THREAD) python -m pytest || code=$$?; } && \
 	  { wait $$stages || { cat "$$log" >&2; echo "make test: a stage failed, see above" >&2; code=1; }; } && exit $$code
 
 # Stages are no tests: they run as stages, below.
 notebooks: setup
-	@echo "notebooks:" && $(QUIET) $(ONE_THREAD) nbdev_test --n_workers $(CORES) --skip_folder_re '^([_.]|stages$$)'
+	@echo "notebooks:" && $(QUIET) $(KEEP) $(ONE_THREAD) nbdev_test --n_workers $(CORES) --skip_folder_re '^([_.]|stages$$)'
 
 # In a folder of their own: nothing is reused, and neither runs/ nor figures/ change.
 stages: setup

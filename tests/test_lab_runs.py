@@ -13,7 +13,7 @@ from stage_notebooks import toy_total, write_stage, write_toy
 
 from ssl_kit.lab import runs as runs_module
 from ssl_kit.lab.errors import MissingDataError, ParameterError, StorageError
-from ssl_kit.lab.execute import StageFailure, StagePaused
+from ssl_kit.lab.execute import StageFailure, StagePaused, kernel_environment
 from ssl_kit.lab.files import read_json, write_json
 from ssl_kit.lab.index import indexed_runs
 from ssl_kit.lab.runs import Run, all_runs, carry_out, find_run, plan
@@ -466,3 +466,11 @@ def test_the_kernel_finds_folders_that_were_named_relative_to_here(lab, monkeypa
     (lab / "other").mkdir()
     monkeypatch.setenv("SSL_KIT_DATA", "../other")  # wins over the file
     assert runs_module._sub_environment()["SSL_KIT_DATA"] == str(lab / "other")
+
+
+def test_a_kernel_keeps_memory_unless_the_user_says_how(tmp_path, monkeypatch):
+    monkeypatch.delenv("MALLOC_TOP_PAD_", raising=False)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")
+    found = kernel_environment(tmp_path)
+    assert found["MALLOC_TRIM_THRESHOLD_"] == "1000" and int(found["MALLOC_TOP_PAD_"]) == 2 ** 28
+    assert found["SSL_KIT_RUN_DIR"] == str(tmp_path)
