@@ -121,7 +121,8 @@ def kernel_environment(run_dir: Path, extra: Mapping[str, str] | None = None) ->
     what comes next, unless the user has set how."""
     from ssl_kit.lab.provenance import package_folder
 
-    environment = _KEEP_MEMORY | os.environ | dict(extra or {}) | {"SSL_KIT_RUN_DIR": str(run_dir), "PYTHONHASHSEED": "0"}
+    own = {"SSL_KIT_RUN_DIR": str(run_dir), "PYTHONHASHSEED": "0"}
+    environment = _KEEP_MEMORY | os.environ | dict(extra or {}) | own
     paths = [str(package_folder().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     return environment | {"PYTHONPATH": os.pathsep.join(paths)}
 
