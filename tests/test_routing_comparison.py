@@ -334,6 +334,10 @@ def test_latex_is_balanced(result, leaky, tmp_path):
     assert texts[1].count(r"\\") == 1 + len(DETECTORS) - 1
     long = latex.latex_protocol_table([result], tmp_path / "c.tex", longtable=True).read_text("utf-8")
     assert long.count("longtable") >= 2 and r"\begin{table}" not in long
+    wide = latex.latex_protocol_table([result, leaky], tmp_path / "d.tex", columns=("auroc", "aupr", "fpr95", "augrc"),
+                                      longtable=True).read_text("utf-8")
+    assert r"\begin{landscape}" in wide and wide.count("{") == wide.count("}")
+    assert "Network alone" not in wide and r"\midrule" in wide  # systems without scores have no row
 
 
 def test_latex_compiles(result, leaky, tmp_path):
@@ -342,8 +346,9 @@ def test_latex_compiles(result, leaky, tmp_path):
     latex.latex_protocol_table([result, leaky], tmp_path / "a.tex")
     comparison = compare_with_reference(hybrid_losses(result, "rate_30"), result.test.group_ids)
     latex.latex_comparison_table(comparison, tmp_path / "b.tex")
-    (tmp_path / "all.tex").write_text(r"\documentclass{article}\usepackage{booktabs,textcomp}"
-                                      r"\begin{document}\tiny\input{a.tex}\input{b.tex}\end{document}")
+    latex.latex_protocol_table([result, leaky], tmp_path / "c.tex", longtable=True)
+    (tmp_path / "all.tex").write_text(r"\documentclass{article}\usepackage{booktabs,longtable,pdflscape,textcomp}"
+                                      r"\begin{document}\tiny\input{a.tex}\input{b.tex}\input{c.tex}\end{document}")
     done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]

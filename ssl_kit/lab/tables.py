@@ -67,7 +67,7 @@ def escape_latex(text: str) -> str:
 
 # %% ../../nbs/lab/tables.ipynb #845f7dc9
 _SIZES = ((70, ""), (78, r"\small"), (88, r"\footnotesize"), (104, r"\scriptsize"))  # characters in 345 pt
-_INTERVAL = re.compile(r"(.*\S) (?:\{\\scriptsize )?(\[[^\[\]]*\])\}?")
+_INTERVAL = re.compile(r"(.*?\S) (?:\{\\scriptsize )?(\[[^\[\]]*\])\}?")
 _TURNED = 134  # characters of \scriptsize in the 550 pt of a turned page
 LONG = 36  # rows that a page holds with its caption
 
@@ -82,8 +82,7 @@ def visible_length(text: str) -> float:
 
 def table_width(cells: "pd.DataFrame") -> float:
     "Characters in a line of a table of LaTeX cells, with two between columns."
-    return sum(max(visible_length(str(title)), cells[title].map(visible_length).max() if len(cells) else 0) + 2
-               for title in cells.columns)
+    return sum(max(map(visible_length, [str(title), *cells.iloc[:, k]])) + 2 for k, title in enumerate(cells.columns))
 
 
 def stack_interval(cell: str) -> str:
