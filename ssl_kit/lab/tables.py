@@ -74,7 +74,7 @@ LONG = 36  # rows that a page holds with its caption
 
 def visible_length(text: str) -> float:
     "About how many characters of normal width a LaTeX cell shows; a stacked interval is in smaller type."
-    plain = re.sub(r"\\begin\{tabular\}\[t\]\{[^}]*\}\}|\\end\{tabular\}", "", text)
+    plain = re.sub(r"\\begin\{tabular\}\[t\]\{@\{\}r@\{\}\}|\\end\{tabular\}", "", text)
     parts = plain.split(r"\\")
     shown = [len(re.sub(r"\\[a-zA-Z]+ ?|[{}$\\]", "", part)) * (0.75 if r"\tiny" in part else 1) for part in parts]
     return max(shown, default=0)
