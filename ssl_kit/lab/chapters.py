@@ -43,14 +43,16 @@ def _latex(origins: Iterable[Mapping[str, Any]], title: str) -> str:
     lines = [f"% {title}. Written by ssl-kit figures: changes are lost.",
              r"% Needs \usepackage{graphicx,booktabs,longtable,pdflscape,textcomp}.",
              r"% Where the folder is not figures/: \newcommand{\sslkitfigures}{FOLDER} before.",
-             r"\providecommand{\sslkitfigures}{figures}"]
+             r"\providecommand{\sslkitfigures}{figures}",
+             "% as large as it was drawn, unless the text is narrower",
+             r"\providecommand{\sslkitfigure}[1]{\sbox0{\includegraphics{\sslkitfigures/#1}}%",
+             r"  \ifdim\wd0>\linewidth\includegraphics[width=\linewidth]{\sslkitfigures/#1}\else\usebox0\fi}"]
     for origin in origins:
         name = origin["name"]
         lines += ["", f"% stage {origin['stage']}, run {origin['run_id']}"]
         if f"{name}.pdf" in origin["files"]:
             lines += [r"\begin{figure}[tbp]", r"  \centering",
-                      rf"  \includegraphics[width=\linewidth,height=0.8\textheight,keepaspectratio]"
-                      rf"{{\sslkitfigures/{name}.pdf}}",
+                      rf"  \sslkitfigure{{{name}.pdf}}",
                       rf"  \caption{{{escape_latex(origin.get('caption') or name)}}}", rf"  \label{{fig:{name}}}",
                       r"\end{figure}"]
         lines += [rf"\input{{\sslkitfigures/{file}}}" for file in sorted(origin["files"]) if file.endswith(".tex")]

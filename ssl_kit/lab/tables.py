@@ -69,7 +69,7 @@ def escape_latex(text: str) -> str:
 _SIZES = ((70, ""), (78, r"\small"), (88, r"\footnotesize"), (104, r"\scriptsize"))  # characters in 345 pt
 _INTERVAL = re.compile(r"(.*?\S) (?:\{\\scriptsize )?(\[[^\[\]]*\])\}?")
 _TURNED = 134  # characters of \scriptsize in the 550 pt of a turned page
-LONG = 36  # rows that a page holds with its caption
+LONG = 34  # lines that a page holds with a caption; a turned one about as many, in its smaller type
 
 
 def visible_length(text: str) -> float:
@@ -116,10 +116,11 @@ def latex_table(frame: "pd.DataFrame", path: str | os.PathLike, caption: str = "
     frame = frame.set_axis([escape_latex(str(column)) for column in frame.columns], axis="columns")
     shown = frame.map(lambda value: escape_latex(f"{value:.{precision}f}" if isinstance(value, float) and value == value
                                                  else format_number(value)))
-    width = table_width(shown)
+    width, lines = table_width(shown), len(shown)
     if width > _SIZES[-1][0]:
-        shown = shown.map(stack_interval)
-        width = table_width(shown)
+        stacked = shown.map(stack_interval)
+        lines *= 1 if stacked.equals(shown) else 2
+        shown, width = stacked, table_width(stacked)
     for column, rule in (highlight or {}).items():
         if escape_latex(column) not in frame or rule not in ("min", "max"):
             raise ParameterError(f"highlight={{{column!r}: {rule!r}}}: expected one of the columns "
@@ -128,7 +129,7 @@ def latex_table(frame: "pd.DataFrame", path: str | os.PathLike, caption: str = "
         best = values == getattr(values, rule)()
         shown.loc[best, escape_latex(column)] = shown.loc[best, escape_latex(column)].map(r"\textbf{{{}}}".format)
     numeric = "".join("r" if dtype.kind in "fiu" else "l" for dtype in frame.dtypes)
-    long = len(frame) > LONG
+    long = lines > LONG
     text = shown.style.hide(axis="index").to_latex(
         hrules=True, caption=escape_latex(caption) or None, label=label or f"tab:{path.stem}", column_format=numeric,
         environment="longtable" if long else None, position=None if long else "tbp",
