@@ -187,6 +187,16 @@ def test_report_command_without_runs_says_what_to_do(runs):
         call(report_command, "report")
 
 
+def test_runs_of_several_tracks_stand_in_chapters(runs, tmp_path):
+    made = [make_run(runs, stage, f"a{k}") for k, stage in enumerate(("fewshot_train", "mine_own", "routing_study"))]
+    page = Page(report.build_report(made, tmp_path / "all.html").read_text("utf-8"))
+    titles = ("Detecting failure", "Few-shot", "Mine")  # the order of a thesis, then what it does not know
+    assert [page.text.count(title) for title in titles] == [3, 3, 3]  # contents, results, body
+    assert sorted(titles, key=page.text.rindex) == list(titles)
+    one = report.build_report(made[:1], tmp_path / "one.html").read_text("utf-8")
+    assert "Few-shot bioacoustic" not in one and one.count("<section") == 1
+
+
 # -- the thesis set ---------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from .chapters import chapter_title, chapters_of
 from .errors import MissingDataError, ParameterError
 from .figures import WIDTHS_IN
 from .files import read_json, write_text
@@ -37,6 +38,11 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 p { margin: .4rem 0; } a { color: var(--accent); } .soft { color: var(--soft); font-size: .875rem; }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; margin: .8rem 0 0; }
+.part { border: 0; color: var(--soft); font-size: 1rem; font-weight: 600; margin: 1.6rem 0 0; }
+header .part { margin-top: 1rem; }
+header .part + nav { margin-top: .2rem; }
+main > .part { font-size: 1.5rem; margin-top: 3rem; }
+tr.part th { padding-top: 1.2rem; text-align: left; }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .9em; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; min-width: 50%; }
@@ -61,7 +67,7 @@ summary { cursor: pointer; font-weight: 600; font-size: .9rem; }
   th, td { padding-right: .6rem; } .headline thead { display: none; }
   .headline tr { display: grid; grid-template-columns: 1fr auto; border-bottom: 1px solid var(--line); }
   .headline tr > * { border: 0; } .headline table { min-width: 100%; } .headline tr.first > * { border-top: 0; }
-  .headline th.stage, .headline td.interval { grid-column: 1 / -1; }
+  .headline th.stage, .headline td.interval, .headline tr.part th { grid-column: 1 / -1; }
   .headline td.interval { padding-top: 0; color: var(--soft); }
   .headline td.interval:not(:empty)::before { content: "95 %: "; }
   .headline th.stage:empty, .headline td.interval:empty { display: none; }
@@ -89,7 +95,12 @@ _PAGE = """<!doctype html>
 <h1>{{ title }}</h1>
 <p class="soft">ssl_kit {{ version }} · {{ made }} · {{ runs|length }} run{{ "" if runs|length == 1 else "s" }}</p>
 {%- if runs|length > 1 %}
-<nav>{% for run in runs %}<a href="#{{ run.anchor }}">{{ run.title }}</a>{% endfor %}</nav>
+{%- for chapter in chapters %}
+{%- if chapters|length > 1 %}
+<h2 class="part">{{ chapter.title }}</h2>
+{%- endif %}
+<nav>{% for run in chapter.runs %}<a href="#{{ run.anchor }}">{{ run.title }}</a>{% endfor %}</nav>
+{%- endfor %}
 {%- endif %}
 </header>
 <main>
@@ -99,12 +110,19 @@ _PAGE = """<!doctype html>
 <thead><tr><th>stage</th><th>measure</th><th class="number">value</th><th>95 % interval</th></tr></thead>
 <tbody>
 {%- for row in headline %}
+{%- if row.chapter %}
+<tr class="part"><th scope="rowgroup" colspan="4">{{ row.chapter }}</th></tr>
+{%- endif %}
 <tr{% if row.stage %} class="first"{% endif %}><th scope="row" class="stage">{{ row.stage }}</th>
 <td>{{ row.label }}</td><td class="number">{{ row.value }}</td><td class="interval">{{ row.interval }}</td></tr>
 {%- endfor %}
 </tbody></table></div>
 {%- endif %}
-{%- for run in runs %}
+{%- for chapter in chapters %}
+{%- if chapters|length > 1 %}
+<h2 class="part">{{ chapter.title }}</h2>
+{%- endif %}
+{%- for run in chapter.runs %}
 <section id="{{ run.anchor }}">
 <h2>{{ run.title }}{% if run.profile %} <span class="badge">{{ run.profile }}</span>{% endif %}
 {%- if run.state != "finished" %} <span class="badge bad">{{ run.state }}</span>{% endif %}</h2>
@@ -145,6 +163,7 @@ _PAGE = """<!doctype html>
 <details><summary>{{ name }}</summary>{{ pairs(items) }}</details>
 {%- endfor %}
 </section>
+{%- endfor %}
 {%- endfor %}
 </main>
 </body>
@@ -268,6 +287,8 @@ def describe_run(run: "Run | str | os.PathLike", page: str | os.PathLike = "repo
 def build_report(runs: "Iterable[Run | str | os.PathLike]", path: str | os.PathLike, title: str = "Report") -> Path:
     """Write one self-contained HTML page about `runs` (Run objects or run folders) to `path` and give the path back.
 
+    Runs of several tracks are shown chapter by chapter.
+
     Raises ParameterError without runs, MissingDataError for a folder that is no run, StorageError when writing fails.
     """
     import jinja2
@@ -276,14 +297,19 @@ def build_report(runs: "Iterable[Run | str | os.PathLike]", path: str | os.PathL
     described = [describe_run(run, path) for run in runs]
     if not described:
         raise ParameterError("build_report: expected at least one run folder, found none; run a stage first")
+    chapters = [{"title": chapter_title(track), "runs": [run for run in described if run["stage"] in stages]}
+                for track, stages in chapters_of(run["stage"] for run in described).items()]
     headline = []
-    for run in described:
-        for number, row in enumerate(run["headline"]):
-            value, interval = headline_text(row["value"], row.get("unit") or "", row.get("interval"))
-            headline.append({"stage": run["title"] if number == 0 else "", "label": row["label"], "value": value,
-                             "interval": interval})
+    for chapter in chapters:
+        name = chapter["title"] if len(chapters) > 1 else ""
+        for run in chapter["runs"]:
+            for number, row in enumerate(run["headline"]):
+                value, interval = headline_text(row["value"], row.get("unit") or "", row.get("interval"))
+                headline.append({"chapter": name, "stage": run["title"] if number == 0 else "", "label": row["label"],
+                                 "value": value, "interval": interval})
+                name = ""
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
     made = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     text = template.render(title=title, style=Markup(_STYLE), version=__version__, made=made, runs=described,
-                           headline=headline)
+                           chapters=chapters, headline=headline)
     return write_text(path, text)
