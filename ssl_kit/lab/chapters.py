@@ -55,9 +55,11 @@ def _latex(origins: Iterable[Mapping[str, Any]], title: str) -> str:
              r"% Needs \usepackage{graphicx,booktabs,longtable,pdflscape,textcomp}.",
              r"% Where the folder is not figures/: \newcommand{\sslkitfigures}{FOLDER} before.",
              r"\providecommand{\sslkitfigures}{figures}",
-             "% as large as it was drawn, unless the text is narrower",
+             "% as large as it was drawn, unless the page is smaller",
              r"\providecommand{\sslkitfigure}[1]{\sbox0{\includegraphics{\sslkitfigures/#1}}%",
-             r"  \ifdim\wd0>\linewidth\includegraphics[width=\linewidth]{\sslkitfigures/#1}\else\usebox0\fi}"]
+             r"  \ifdim\wd0>\linewidth\sbox0{\includegraphics[width=\linewidth]{\sslkitfigures/#1}}\fi",
+             r"  \ifdim\ht0>0.8\textheight\sbox0{\includegraphics[height=0.8\textheight]{\sslkitfigures/#1}}\fi",
+             r"  \usebox0}"]
     for origin in origins:
         name = origin["name"]
         lines += ["", f"% stage {origin['stage']}, run {origin['run_id']}"]
