@@ -29,7 +29,7 @@ def closure(requirements, oldest_python):
             package = metadata.distribution(requirement.name)
         except metadata.PackageNotFoundError:
             sys.exit(f"pin.py: {requirement} is required but not installed; run make setup first")
-        needed = package.metadata["Requires-Python"] or ""
+        needed = package.metadata.get("Requires-Python", "")
         if not SpecifierSet(needed).contains(oldest_python):
             sys.exit(f"pin.py: {requirement.name} {package.version} needs Python {needed}, the kit promises "
                      f"{oldest_python}; install an earlier version of it")

@@ -184,7 +184,7 @@ def test_every_parameter_of_every_stage_is_in_the_table(pages):
         rows = re.findall(r"^\| `(\w+)` \| .*? \| `([^`]+)` \|", part, re.MULTILINE)
         assert rows == [(name, p.type_text.replace("|", "\\|")) for name, p in stage.parameters.items()]
     row = re.search(r"^\| `n_test` .*$", text.partition("\n## localize_banks\n")[2], re.MULTILINE)[0]
-    assert row.rstrip(" |").split(" | ")[3:] == ["`480`", "`48`", "`2009`"]  # quick, ci, full
+    assert row.rstrip(" |").split(" | ")[3:] == ["`240`", "`48`", "`2009`"]  # quick, ci, full
 
 
 def test_every_public_name_is_in_the_index(pages):
