@@ -213,6 +213,7 @@ def test_the_slowest_cells_are_listed(lab, capsys):
                                                                                (5.25, "toy", "slow = 1")]
     assert len(rows) == 3 and "5.2" in answer(capsys, "list", "toy", "--slowest", "1")
     answer(capsys, "list", "--slowest", "0", code=2)
+    answer(capsys, "list", "tooy", "--slowest", "1", code=2)
 
 
 def test_sweep(lab, capsys):

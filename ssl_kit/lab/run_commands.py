@@ -42,7 +42,7 @@ def add_list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rebuild", action="store_true", help="make the index anew from the run folders")
     parser.add_argument("--all", action="store_true", help="all runs, not only the newest 20")
     parser.add_argument("--slowest", type=int, metavar="N",
-                        help="the N slowest cells of each stage's newest finished run")
+                        help="the N slowest cells among the newest finished runs of all stages, or of this one")
     parser.add_argument("--json", action="store_true", help="print as JSON")
     parser.epilog = "examples:\n  ssl-kit list routing_study\n  ssl-kit list --slowest 10"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -73,6 +73,8 @@ def _say_slowest(stage: str | None, n: int, as_json: bool) -> int:
     "Print the slowest cells of the newest finished runs, of a stage or of all."
     if n < 1:
         raise ParameterError(f"--slowest {n}: expected 1 or more")
+    if stage:
+        find_stage(stage)  # says which name was meant
     newest = {run.stage: run for run in all_runs() if run.state == "finished" and stage in (None, run.stage)}
     rows = slowest_cells(newest.values(), n)
     if as_json:
