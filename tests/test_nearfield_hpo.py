@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -126,6 +127,63 @@ def test_two_workers_on_sqlite_share_the_trials(tmp_path):
     check_together(tmp_path, f"sqlite:///{tmp_path}/study.db")
 
 
+def check_one_takes_it(url):
+    "Of two workers that look at a waiting trial at the same moment one gets it, the other is told so."
+    import sqlalchemy
+
+    ours, theirs = (open_storage(url) for _ in range(2))
+    study = optuna.create_study(storage=ours, study_name="s")
+    study.enqueue_trial({}, user_attrs={"ticket": 0})
+    trial, = study.get_trials(deepcopy=False)
+    taken, looked, finished = {}, threading.Event(), threading.Event()
+
+    def take(name, storage):
+        taken[name] = storage.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.RUNNING)
+
+    def take_behind():
+        looked.wait()
+        take("theirs", theirs)
+        finished.set()
+
+    @sqlalchemy.event.listens_for(ours.engine, "after_cursor_execute")
+    def pause(connection, cursor, statement, *args):
+        if "FROM trials" in statement and not looked.is_set():
+            looked.set()
+            finished.wait(1)  # the other one has the time to overtake, and should have to wait
+    behind = threading.Thread(target=take_behind)
+    behind.start()
+    take("ours", ours)
+    behind.join(60)
+    assert taken == {"ours": True, "theirs": False}
+
+
+def test_two_on_sqlite_cannot_take_the_same_trial(tmp_path):
+    check_one_takes_it(f"sqlite:///{tmp_path}/s.db")
+
+
+@pytest.mark.parametrize("moment", ["before the report", "after the report"])
+def test_a_worker_taken_for_dead_goes_on_with_another_trial(tmp_path, moment):
+    """A laptop that slept: the others have given its trial up, and what it found meanwhile comes too late."""
+    url, plan, lines, runs = f"sqlite:///{tmp_path}/s.db", SearchPlan(n_surrogate=3, top_k=1), [], []
+    others = optuna.storages.RDBStorage(url)
+
+    def train(values, report):
+        runs.append(values)
+        if moment == "after the report":
+            report(0, values["x"])
+        if len(runs) == 2:
+            study = optuna.load_study(study_name="s", storage=others)
+            mine = next(t for t in study.get_trials() if t.state.name == "RUNNING")
+            others.set_trial_state_values(mine._trial_id, optuna.trial.TrialState.FAIL)
+        if moment == "before the report":
+            report(0, values["x"])
+        return values["x"]
+    study = work(open_storage(url), "s", [{}] * 3, {"x": Span(0, 1)}, train, plan, tell=lines.append)
+    each_ticket_once(study, 3)
+    assert len(runs) == 4 and len({v["x"] for v in runs}) == 3  # the same values, tried again
+    assert sum("taken for dead" in line for line in lines) == 1
+
+
 @pytest.fixture(scope="module")
 def postgresql(tmp_path_factory):
     "Address of a PostgreSQL server of our own on loopback."
@@ -170,6 +228,7 @@ def database(address: str, name: str) -> str:
 
 
 def test_workers_on_postgresql_share_the_trials_and_survive_a_kill(postgresql, tmp_path):
+    check_one_takes_it(database(postgresql, "one"))
     check_together(tmp_path, database(postgresql, "together"))
     check_resumed(*killed_in_the_middle(tmp_path, database(postgresql, "killed")))
 

@@ -114,14 +114,19 @@ def open_storage(url: str, heartbeat_s: int = 10):
         raise ParameterError(f"storage {url!r}: expected sqlite:///FILE or postgresql://USER@HOST/DATABASE")
     if kind == "postgresql":
         url = "postgresql+psycopg" + url[len(kind):]
-    options = {"connect_args": {"timeout": 60}} if kind == "sqlite" else {"pool_pre_ping": True}
+    options = {"pool_pre_ping": True}
+    if kind == "sqlite":
+        options = {"connect_args": {"timeout": 60, "isolation_level": None}}
     import sqlalchemy.exc
 
     for attempt in range(_OPENINGS):
         try:
             with _as_experimental(optuna):
-                return optuna.storages.RDBStorage(url, engine_kwargs=options, heartbeat_interval=heartbeat_s,
-                                                  grace_period=3 * heartbeat_s)
+                storage = optuna.storages.RDBStorage(url, engine_kwargs=options, heartbeat_interval=heartbeat_s,
+                                                     grace_period=3 * heartbeat_s)
+            if kind == "sqlite":
+                sqlalchemy.event.listen(storage.engine, "begin", _lock_first)
+            return storage
         except ImportError as error:
             raise MissingDataError(f"storage {kind}: its driver is not installed: "
                                    "pip install 'ssl_kit[hpo]'") from error
@@ -132,6 +137,15 @@ def open_storage(url: str, heartbeat_s: int = 10):
                     continue
             reason = str(error.orig).strip().splitlines()[0]
             raise ParameterError(f"storage {url.partition('@')[2] or url!r}: can't be opened: {reason}") from error
+
+
+def _lock_first(connection) -> None:
+    """Take SQLite's write lock with the first statement of a transaction, as SELECT … FOR UPDATE does elsewhere.
+
+    SQLite has no such SELECT, and Python's driver begins a transaction with the first change only: two workers that
+    read that a trial is waiting would both set it to running (Optuna's issue 4621).
+    """
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 @contextmanager
@@ -206,7 +220,10 @@ def work(storage, name: str, wanted: list[dict], space: Space, train: Train, pla
     study.pruner = optuna.pruners.MedianPruner(plan.startup_trials, plan.warmup_steps) if prune else \
         optuna.pruners.NopPruner()
 
+    tried: list[int] = []
+
     def objective(trial) -> float:
+        tried.append(trial.number)
         if not _is_mine(study, trial):
             trial.set_user_attr("surplus", True)
             raise _Surplus
@@ -240,7 +257,13 @@ def work(storage, name: str, wanted: list[dict], space: Space, train: Train, pla
             trial.set_user_attr("seconds", time.monotonic() - begin)
         return metric
 
+    def given_up_by_others() -> bool:
+        "Whether the trial that was just tried has been failed by somebody else, who took this worker for dead."
+        trial = study.get_trials(deepcopy=False)[tried[-1]] if tried else None
+        return trial is not None and trial.state.name == "FAIL" and "error" not in trial.user_attrs
+
     while True:
+        tried.clear()
         with _as_experimental(optuna):
             optuna.storages.fail_stale_trials(study)
         _add_missing(study, wanted, plan.attempts)
@@ -250,7 +273,12 @@ def work(storage, name: str, wanted: list[dict], space: Space, train: Train, pla
         if not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)):
             time.sleep(min(1.0, plan.heartbeat_s / 4))  # the others are at the last ones
             continue
-        study.optimize(objective, n_trials=1, catch=(_Surplus,))
+        try:
+            study.optimize(objective, n_trials=1, catch=(_Surplus,))
+        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):  # what Optuna says to results that come late
+            if not given_up_by_others():
+                raise
+            tell(f"{name}: no sign of life for too long, taken for dead; trial {tried[-1]} is tried again")
         tell(f"{name}: {len(finished_tickets(study))} of {len(wanted)}")
 
 # %% ../../nbs/nearfield/hpo.ipynb #f8b56b04
