@@ -184,6 +184,43 @@ def test_a_worker_taken_for_dead_goes_on_with_another_trial(tmp_path, moment):
     assert sum("taken for dead" in line for line in lines) == 1
 
 
+def test_a_worker_that_died_before_its_first_sign_of_life_is_not_waited_for(tmp_path):
+    url, plan = f"sqlite:///{tmp_path}/s.db", SearchPlan(n_surrogate=2, top_k=1, heartbeat_s=1)
+    study = optuna.create_study(storage=open_storage(url), study_name="s")
+    study.enqueue_trial({}, user_attrs={"ticket": 0})
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        study.ask()  # and no more is heard of it
+    ends = []
+    worker = threading.Thread(target=lambda: ends.append(
+        work(open_storage(url, 1), "s", [{}] * 2, {"x": Span(0, 1)}, lambda v, report: v["x"], plan)), daemon=True)
+    worker.start()
+    worker.join(30)
+    assert ends, "still waiting"
+    each_ticket_once(ends[0], 2)
+    assert [t.state.name for t in ends[0].trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_workers_that_begin_together_add_each_trial_once(tmp_path, monkeypatch):
+    def look_slowly(study):
+        found = tickets_of(study)
+        time.sleep(0.2)  # time enough for all to see that none is there
+        return found
+    monkeypatch.setattr("ssl_kit.nearfield.hpo.tickets_of", look_slowly)
+    url, plan = f"sqlite:///{tmp_path}/s.db", SearchPlan(n_surrogate=6, top_k=1)
+    storages = [open_storage(url) for _ in range(3)]
+    optuna.create_study(storage=storages[0], study_name="s")
+    workers = [threading.Thread(target=work, args=(storage, "s", [{}] * 6, {"x": Span(0, 1)},
+                                                   lambda v, report: time.sleep(0.02) or v["x"], plan))
+               for storage in storages]
+    for one in workers:
+        one.start()
+    for one in workers:
+        one.join(60)
+    study = optuna.load_study(study_name="s", storage=url)
+    assert len(study.trials) == 6 and trial_table(study).attempts.tolist() == [1] * 6
+    each_ticket_once(study, 6)
+
+
 @pytest.fixture(scope="module")
 def postgresql(tmp_path_factory):
     "Address of a PostgreSQL server of our own on loopback."

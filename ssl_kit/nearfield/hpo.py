@@ -11,7 +11,8 @@ __all__ = ['Space', 'Report', 'Train', 'Span', 'suggest', 'SearchPlan', 'NonFini
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ..lab.errors import DataError, MissingDataError, ParameterError
+from ..lab.files import file_lock
 
 # %% ../../nbs/nearfield/hpo.ipynb #faf96214
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def finished_tickets(study) -> dict[int, Any]:
 
 def _add_missing(study, wanted: list[dict], attempts: int) -> None:
     "A waiting trial for each ticket that nobody has finished, runs or waits for."
-    there = tickets_of(study)
+    there = tickets_of(study)  # read anew: another worker may have added some since
     for ticket, values in enumerate(wanted):
         trials = there.get(ticket, [])
         if any(t.state.name != "FAIL" for t in trials):
@@ -189,6 +191,33 @@ def _add_missing(study, wanted: list[dict], attempts: int) -> None:
                             f"{errors[-1]}")
         params = values or (trials[-1].params if trials else {})
         study.enqueue_trial(params, user_attrs={"ticket": ticket})
+
+
+@contextmanager
+def _alone(storage, name: str) -> Iterator[None]:
+    "Of all workers on a storage only one is in the block at a time; who dies in there lets the next one in."
+    if storage.engine.dialect.name == "sqlite":
+        with file_lock(f"{storage.engine.url.database}.lock"):
+            yield
+    else:
+        import sqlalchemy
+
+        with storage.engine.begin() as connection:
+            key = zlib.crc32(f"ssl_kit {name}".encode())
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+            yield
+
+
+def _count_silence(storage, study, watched: set[int]) -> None:
+    """Count the silence of each running trial from now on, once.
+
+    Optuna takes a trial for dead whose last sign of life is old. One whose worker died before the first sign would
+    run for ever, and all others would wait for it.
+    """
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state.name == "RUNNING" and trial._trial_id not in watched:
+            storage.record_heartbeat(trial._trial_id)
+            watched.add(trial._trial_id)
 
 
 def _is_mine(study, trial) -> bool:
@@ -221,6 +250,7 @@ def work(storage, name: str, wanted: list[dict], space: Space, train: Train, pla
         optuna.pruners.NopPruner()
 
     tried: list[int] = []
+    watched: set[int] = set()
 
     def objective(trial) -> float:
         tried.append(trial.number)
@@ -264,9 +294,11 @@ def work(storage, name: str, wanted: list[dict], space: Space, train: Train, pla
 
     while True:
         tried.clear()
+        _count_silence(storage, study, watched)
         with _as_experimental(optuna):
             optuna.storages.fail_stale_trials(study)
-        _add_missing(study, wanted, plan.attempts)
+        with _alone(storage, name):
+            _add_missing(study, wanted, plan.attempts)
         done = len(finished_tickets(study))
         if done >= len(wanted):
             return study
@@ -330,7 +362,7 @@ def trial_table(study) -> pd.DataFrame:
         value = t.value if t.state.name == "COMPLETE" else np.nan
         rows.append({"ticket": ticket, "value": value, "state": t.state.name,
                      "reason": t.user_attrs.get("reason", ""), "seconds": t.user_attrs.get("seconds", np.nan),
-                     "attempts": len(begun[ticket])} | t.params)
+                     "attempts": sum(other.state.name != "WAITING" for other in begun[ticket])} | t.params)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/nearfield/hpo.ipynb #826454bb
