@@ -245,25 +245,32 @@ def test_half_an_hour_in_constant_memory(tmp_path):
 
     if not Path("/proc/self/status").exists():
         pytest.skip("needs /proc to read the peak of the memory")
-    path, second = tmp_path / "long.wav", plane_wave(named_array("respeaker"), 123.0, n=16000, noise=0.05)
+    second = plane_wave(named_array("respeaker"), 123.0, n=16000, noise=0.05)
     tenth, silence = np.tile(0.4 * second / np.abs(second).max(), 10).T, np.zeros((16000 * 90, 4))
-    with soundfile.SoundFile(path, "w", 16000, 4, "PCM_16") as file:
-        for k in range(18):  # 10 s in each 100 s; the same memory as 30 minutes of talk, in less time
-            file.write(tenth if k % 3 else -tenth)
-            file.write(silence)
+
+    def write(path, n_bursts):
+        with soundfile.SoundFile(path, "w", 16000, 4, "PCM_16") as file:
+            for k in range(n_bursts):  # 10 s in each 100 s; the same memory as 30 minutes of talk, in less time
+                file.write(tenth if k % 3 else -tenth)
+                file.write(silence)
+        return str(path)
+    # what the libraries take differs between builds of PyTorch: the peak of half an hour is compared with that of minutes
     script = r"""
 import re, sys
 from ssl_kit.lab.cli import main
-assert main(sys.argv[1:]) == 0
-peak_kb = re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]
-print("peak", int(peak_kb) // 1024)
+for path in sys.argv[1:]:
+    assert main(["localize", path, "--array", "respeaker"]) == 0
+    peak_kb = re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]
+    print("peak", int(peak_kb) // 1024)
 """
-    command = [sys.executable, "-c", script, "localize", str(path), "--array", "respeaker"]
+    short, long = write(tmp_path / "short.wav", 2), write(tmp_path / "long.wav", 18)
+    command = [sys.executable, "-c", script, short, long]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    path.unlink()
+    Path(long).unlink()
     lines = done.stdout.splitlines()
-    assert "azimuth 12" in lines[0] and len(lines) == 2 + 35  # 17 bursts are heard by two pieces
-    assert int(lines[-1].split()[1]) < 400, lines[-1]
+    at = next(k for k, line in enumerate(lines) if line.startswith("peak"))
+    assert "azimuth 12" in lines[at + 1] and len(lines) == at + 1 + 2 + 35  # 17 bursts are heard by two pieces
+    assert int(lines[-1].split()[1]) < int(lines[at].split()[1]) + 60, (lines[at], lines[-1])  # the file is 230 MB
 
 
 def test_a_long_silence(tmp_path):
