@@ -254,7 +254,7 @@ def test_half_an_hour_in_constant_memory(tmp_path):
                 file.write(tenth if k % 3 else -tenth)
                 file.write(silence)
         return str(path)
-    # what the libraries take differs between builds of PyTorch: the peak of half an hour is compared with that of minutes
+    # builds of PyTorch differ in what they take: the peak of half an hour is compared with that of minutes
     script = r"""
 import re, sys
 from ssl_kit.lab.cli import main
