@@ -1,6 +1,6 @@
 # Each command sets up what it needs; the second call skips the set-up.
 #   make study    the whole study on embedded data: figures/, a table, a report
-#   make test     export in sync, notebooks, every stage at profile ci beside pytest
+#   make test     export in sync, then pytest, and beside it notebooks and every stage at profile ci
 #   make lab      JupyterLab          make docs     the site, into site/
 #   make check    export in sync, notebooks clean, README in sync, ruff
 #   make setup    the environment     make readme   README.md from nbs/index.ipynb
@@ -17,6 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= quick
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+OTHER_CORES := $(shell echo $$(( $(CORES) > 2 ? $(CORES) - 1 : 1 )))
 
 BIN := $(abspath $(VENV))/bin
 KEY := $(shell cat settings.ini setup.py constraints.txt | cksum | cut -d' ' -f1)
@@ -59,12 +60,12 @@ study: setup
 
 test: setup
 	@$(MAKE) check
-	@$(MAKE) notebooks
-	@stages= && log=$$(mktemp) && trap '[ -z "$$stages" ] || kill $$stages 2>/dev/null || true; rm -f "$$log"' EXIT && \
-	  echo "stages: at profile ci, beside pytest" && \
-	  { $(MAKE) stages >"$$log" 2>&1 & } && stages=$$! && code=0 && \
+	@beside= && log=$$(mktemp) && trap '[ -z "$$beside" ] || kill $$beside 2>/dev/null || true; rm -f "$$log"' EXIT && \
+	  echo "notebooks, then stages at profile ci, beside pytest" && \
+	  { $(MAKE) --keep-going CORES=$(OTHER_CORES) notebooks stages >"$$log" 2>&1 & } && beside=$$! && code=0 && \
 	  { $(QUIET) $(KEEP) $(ONE_THREAD) python -m pytest || code=$$?; } && \
-	  { wait $$stages || { cat "$$log" >&2; echo "make test: a stage failed, see above" >&2; code=1; }; } && exit $$code
+	  { wait $$beside || { cat "$$log" >&2; echo "make test: a notebook or a stage failed, see above" >&2; code=1; }; } && \
+	  exit $$code
 
 # Stages are no tests: they run as stages, below.
 notebooks: setup

@@ -24,9 +24,10 @@ from ssl_kit.lab.cli import main
 from ssl_kit.lab.errors import DataError, MissingDataError, ParameterError, StorageError
 from ssl_kit.lab.files import read_json, sha256_file, write_json
 from ssl_kit.lab.kaggle import KaggleOptions, build_folder, kaggle_notebook, kernel_metadata, slug_of
-from ssl_kit.lab.kaggle_runs import bring_home, copy_run, run_faults, seal_run
+from ssl_kit.lab.kaggle_runs import bring_home, copy_run
 from ssl_kit.lab.provenance import code_version, package_folder
 from ssl_kit.lab.runs import Run, plan
+from ssl_kit.lab.seal import run_faults, seal_run
 from ssl_kit.lab.stages import list_stages
 
 ROOT = Path(__file__).resolve().parent.parent

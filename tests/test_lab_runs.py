@@ -12,11 +12,12 @@ import pytest
 from stage_notebooks import toy_total, write_stage, write_toy
 
 from ssl_kit.lab import runs as runs_module
-from ssl_kit.lab.errors import MissingDataError, ParameterError, StorageError
+from ssl_kit.lab.errors import DataError, MissingDataError, ParameterError, StorageError
 from ssl_kit.lab.execute import StageFailure, StagePaused, kernel_environment
 from ssl_kit.lab.files import read_json, write_json
 from ssl_kit.lab.index import indexed_runs
 from ssl_kit.lab.runs import Run, all_runs, carry_out, find_run, plan
+from ssl_kit.lab.seal import SEAL, seal_run
 from ssl_kit.lab.stages import list_stages
 
 
@@ -105,6 +106,101 @@ def test_kill_minus_9_and_run_again_gives_the_same_numbers(lab):
     assert run.metrics["total"] == toy_total(12, 5)
     first, second = run.metrics["starts"]
     assert first == 0 and 3 <= second <= 12  # it went on where it was killed
+
+
+def chain(lab):
+    """The toy, with an artifact, and a stage above it that needs it; planned."""
+    write_stage(lab / "stages", "above", "dict(title='Above', needs=['toy'])")
+    return plan(list_stages(), "quick", [], "above")
+
+
+ALTERATIONS = {"altered": lambda data: data.replace(b"1", b"2", 1), "cut short": lambda data: data[:-2], "gone": None}
+
+
+def alter(path, how):
+    data = path.read_bytes()
+    path.unlink()
+    if ALTERATIONS[how] is not None:
+        path.write_bytes(ALTERATIONS[how](data))
+        assert path.read_bytes() != data
+    return data
+
+
+@pytest.mark.parametrize("how", ALTERATIONS)
+def test_a_number_that_the_run_did_not_write_is_not_read(lab, executed, how):
+    """Still JSON, still a number, only another one."""
+    planned = planned_toy("seed=1")
+    run, _ = carry_out(planned)
+    path = run.folder / "metrics.json"
+    data = alter(path, how)
+    with pytest.raises(DataError, match="metrics.json"):
+        print(run.metrics, run.headline)
+    with pytest.raises(DataError, match=r"metrics.json .*not what the run wrote; .*ssl-kit run toy --force"):
+        carry_out(planned_toy("seed=1"))
+    assert [row["state"] for row in indexed_runs()] == ["unreadable"]
+    path.write_bytes(data)
+    assert carry_out(planned_toy("seed=1"))[1] and run.metrics["headline"][0]["value"] == 1
+    alter(path, how)
+    run, reused = carry_out(planned_toy("seed=1"), force=True)
+    assert not reused and run.metrics["headline"][0]["value"] == 2 and len(executed) == 2
+
+
+@pytest.mark.parametrize("how", ALTERATIONS)
+def test_nothing_is_made_of_an_altered_artifact(lab, executed, how):
+    planned = chain(lab)
+    below, _ = carry_out(planned["toy"])
+    (below.folder / "artifacts").mkdir(exist_ok=True)
+    (below.folder / "artifacts" / "state.json").write_text('{"total": 1.5}')
+    seal_run(below.folder, but=("status.json", "notebook.ipynb", "kernel.log"))  # as if the stage had left it
+    assert carry_out(planned["toy"])[1]
+    data = alter(below.folder / "artifacts" / "state.json", how)
+    with pytest.raises(DataError, match="artifacts/state.json .*not what the run wrote"):
+        carry_out(planned["above"])
+    assert len(executed) == 1 and planned["above"].run.state != "finished"
+    (below.folder / "artifacts" / "state.json").write_bytes(data)
+    assert not carry_out(planned["above"])[1]
+
+
+def test_people_may_open_the_notebook_of_a_run_and_save_it(lab, executed):
+    run, _ = carry_out(planned_toy())
+    for name in ("notebook.ipynb", "kernel.log"):
+        (run.folder / name).write_text("saved by hand")
+    assert carry_out(planned_toy())[1] and run.metrics
+
+
+def test_runs_of_an_earlier_version_have_no_seal_and_are_reused(lab, executed):
+    run, _ = carry_out(planned_toy())
+    (run.folder / SEAL).unlink()
+    assert carry_out(planned_toy())[1] and run.metrics["headline"][0]["value"] == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"files": [1]}', '{"files": {"metrics.json": 3}}'])
+def test_a_damaged_seal_is_named(lab, executed, text):
+    run, _ = carry_out(planned_toy())
+    (run.folder / SEAL).write_text(text)
+    with pytest.raises(DataError, match=SEAL):
+        carry_out(planned_toy())
+    with pytest.raises(DataError, match=SEAL):
+        print(run.metrics)
+
+
+def test_no_turned_bit_of_a_run_gives_another_number(lab, executed):
+    run, _ = carry_out(planned_toy())
+    rng, headline = random.Random(0), run.headline
+    for name in ("metrics.json", SEAL):
+        data = (run.folder / name).read_bytes()
+        for _ in range(60):
+            turned = bytearray(data)
+            turned[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            (run.folder / name).write_bytes(turned)
+            try:
+                again, reused = carry_out(planned_toy())
+            except DataError as error:
+                assert name in str(error)
+            else:
+                assert reused and again.headline == headline
+        (run.folder / name).write_bytes(data)
+    assert len(executed) == 1
 
 
 def test_two_writers_of_one_run(lab):

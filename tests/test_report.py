@@ -18,6 +18,7 @@ from ssl_kit.lab import figures, figures_command, report, report_command
 from ssl_kit.lab.errors import DataError, MissingDataError, ParameterError, StorageError
 from ssl_kit.lab.files import read_json, write_json
 from ssl_kit.lab.runs import Run
+from ssl_kit.lab.seal import seal_run
 from ssl_kit.lab.tables import latex_table
 
 NASTY = "<script>alert('1')</script> & \"quoted\""
@@ -312,6 +313,23 @@ def test_a_figure_altered_in_its_run_is_not_exported(runs, tmp_path):
     with pytest.raises(DataError, match="ssl-kit run one --force"):
         figures_command.export_figures()
     assert not (tmp_path / "figures").exists()
+
+
+def test_a_table_altered_in_its_run_is_neither_shown_nor_exported(runs, tmp_path):
+    folder = make_run(runs, "routing_study", "c0ffee", figure="mae_vs_rate").folder
+    (folder / "tables" / "errors.csv").write_text("method,mae\nnetwork,15.4\n")
+    (folder / "tables" / "errors.tex").write_text("15.4")
+    seal_run(folder, but=("status.json",))
+    report.build_report([folder], tmp_path / "report.html")
+    for name in ("errors.csv", "errors.tex"):
+        text = (folder / "tables" / name).read_text()
+        (folder / "tables" / name).write_text(text.replace("15.4", "5.4 "))
+        with pytest.raises(DataError, match=f"{name} is altered: not what the run wrote"):
+            report.build_report([folder], tmp_path / "report.html")
+        with pytest.raises(DataError, match=f"{name} is altered"):
+            figures_command.export_figures([Run(folder)], tmp_path / "figures")
+        (folder / "tables" / name).write_text(text)
+    figures_command.export_figures([Run(folder)], tmp_path / "figures")
 
 
 def test_export_to_a_full_disk_changes_nothing(runs, tmp_path, monkeypatch):

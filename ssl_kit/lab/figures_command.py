@@ -20,7 +20,7 @@ from .errors import DataError, MissingDataError
 from .figures import write_together
 from .files import read_json, remove_leftovers, sha256_file, to_plain
 from .provenance import code_digests
-from .runs import Run, all_runs
+from .runs import Run, all_runs, assert_as_written
 from .stages import find_stage
 from .tables import text_table
 
@@ -42,6 +42,7 @@ def newest_runs(profiles: Iterable[str] = ("quick", "full")) -> list[Run]:
 # %% ../../nbs/lab/figures_command.ipynb #37a9edec
 def _thesis_files(run: Run) -> dict[str, dict[str, bytes]]:
     "Name -> {file name: content} for the thesis figures of a run and, when it has any, its LaTeX tables."
+    assert_as_written(run.folder)
     found: dict[str, dict[str, bytes]] = {}
     digests = run.provenance.get("code", {}).get("digests", {})
     origins = [(path, read_json(path)) for path in sorted((run.folder / "figures").glob("*.origin.json"))]

@@ -21,8 +21,9 @@ from .dataroot import find_by_content, looks_like_data_root
 from .errors import StorageError
 from .execute import MemoryWatch, StagePaused
 from .files import file_lock
-from .kaggle_runs import adopt_previous, seal_run
+from .kaggle_runs import adopt_previous
 from .runs import (Planned, Run, carry_out, clear_run, close_run, open_run, pause_of, plan_values)
+from .seal import seal_run
 from .stages import list_stages, with_needs
 from .study import results_table
 

@@ -27,7 +27,7 @@ from .files import sha256_file, sha256_json
 # The machinery that carries numbers about, and makes none.
 _MACHINERY = frozenset(f"ssl_kit.lab.{name}" for name in (
     "errors", "progress", "parameters", "provenance", "stages", "context", "runs", "execute", "index", "study", "sweep",
-    "doctor", "cli", "run_commands"))
+    "doctor", "cli", "run_commands", "seal"))
 _MODULE_TEXT = re.compile(r"^ssl_kit(\.[A-Za-z_]\w*)+")
 
 

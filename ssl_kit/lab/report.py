@@ -21,7 +21,7 @@ from .chapters import chapter_title, chapters_of
 from .errors import MissingDataError, ParameterError
 from .figures import WIDTHS_IN
 from .files import read_json, write_text
-from .runs import Run
+from .runs import Run, assert_as_written
 from .tables import format_number
 
 # %% ../../nbs/lab/report.ipynb #23239c7d
@@ -261,7 +261,7 @@ def _table(path: Path, n_rows: int) -> dict[str, Any]:
 # %% ../../nbs/lab/report.ipynb #f3de5e8d
 def describe_run(run: "Run | str | os.PathLike", page: str | os.PathLike = "report.html",
                  n_rows: int = 40) -> dict[str, Any]:
-    """What the page shows of one run; MissingDataError when the folder is no run.
+    """What the page shows of one run; MissingDataError when the folder is no run, DataError when it was altered.
 
     `page` is where the report will stand (links to the run folder are relative to it), `n_rows` the length at which
     tables are cut.
@@ -270,6 +270,7 @@ def describe_run(run: "Run | str | os.PathLike", page: str | os.PathLike = "repo
     folder = run.folder
     if not (folder / "params.json").is_file():
         raise MissingDataError(f"{folder}: expected a run folder with params.json, found none; see `ssl-kit list`")
+    assert_as_written(folder)
     provenance = dict(run.provenance)
     code = provenance.pop("code", {})
     details = [("Parameters", run.parameters), ("Provenance", provenance), ("Code", code),
