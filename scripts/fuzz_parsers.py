@@ -243,6 +243,29 @@ def _read_bank(path: Path):
     return load_bank(path, memory_map=False)
 
 
+@lru_cache(maxsize=1)
+def _study():
+    """A small study, and the test bank that it is of."""
+    from ssl_kit.routing.protocols import evaluate_protocols
+    from ssl_kit.routing.synthetic import synthetic_study
+
+    calibration, calibration_srp, test, test_srp = synthetic_study(n=40, n_frames=2, n_rooms=8, overlap=0.7)
+    return evaluate_protocols({"in_distribution": (calibration, calibration_srp)}, test, test_srp, leaky=False,
+                              detectors=["max_prob"], n_draws=4, policies=()), test, test_srp
+
+
+def _results() -> list[bytes]:
+    from ssl_kit.routing.stored_results import save_results
+
+    return [_bytes_of(lambda path: save_results(_study()[0], path), "results.npz")]
+
+
+def _read_results(path: Path):
+    from ssl_kit.routing.stored_results import load_results
+
+    return load_results(path, *_study()[1:])
+
+
 def _notebooks() -> list[bytes]:
     return [path.read_bytes() for path in sorted((ROOT / "nbs" / "stages").glob("routing_*.ipynb"))]
 
@@ -329,6 +352,26 @@ def _read_reverberation(path: Path):
     return read_t60(path)
 
 
+def _seals() -> list[bytes]:
+    from ssl_kit.lab.seal import SEAL, seal_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "metrics.json").write_text("{}")
+        seal_run(Path(folder))
+        return [(Path(folder) / SEAL).read_bytes()]
+
+
+def _read_seal(path: Path):
+    """A number of a sealed run: its own, or an error; never another file than those of the run is read."""
+    from ssl_kit.lab.runs import Run, assert_as_written
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "metrics.json").write_text("{}")
+        (Path(folder) / path.name).write_bytes(path.read_bytes())
+        assert_as_written(Path(folder), artifacts=True)
+        assert Run(Path(folder)).metrics == {}
+
+
 def _statuses() -> list[bytes]:
     return [b'{"state": "finished", "profile": "ci", "started": "2026-01-01T00:00:00+00:00", "wall_s": 1.5}']
 
@@ -408,9 +451,11 @@ TARGETS = (
            b'[{"scene": "a", "T60": 0.5}]'], _read_reverberation),
     Target("RealMAN, reverberation as CSV", "t60.csv", lambda: [b"scene,T60\na,0.5\nb,0.3\n"], _read_reverberation),
     Target("run status", "status.json", _statuses, _read_status),
+    Target("run seal", "files.json", _seals, _read_seal),
     Target("run index", "index.sqlite", _indexes, _read_index),
     Target("shard", "shard.npz", _shards, _read_shard),
     Target("bank", "bank.npz", _banks, _read_bank),
+    Target("stored results", "results.npz", _results, _read_results),
     Target("stage notebook", "stage.ipynb", _notebooks, _read_notebook),
     Target("parameters cell", "cell.txt", _parameter_cells, _read_parameters),
     Target("features", "x_logmel.npy", _features, _read_features),

@@ -174,7 +174,8 @@ def test_runs_of_an_earlier_version_have_no_seal_and_are_reused(lab, executed):
     assert carry_out(planned_toy())[1] and run.metrics["headline"][0]["value"] == 1
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"files": [1]}', '{"files": {"metrics.json": 3}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"files": [1]}', '{"files": {"metrics.json": 3}}',
+                                  '{"files": {"../../secret": [1, "a"]}}', '{"files": {"/etc/passwd": [1, "a"]}}'])
 def test_a_damaged_seal_is_named(lab, executed, text):
     run, _ = carry_out(planned_toy())
     (run.folder / SEAL).write_text(text)

@@ -7,7 +7,7 @@ __all__ = ['SEAL', 'files_of', 'seal_run', 'run_faults', 'assert_unaltered']
 
 # %% ../../nbs/lab/seal.ipynb #9848038b
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from .errors import DataError
 from .files import read_json, sha256_file, sha256_json, write_json
@@ -40,6 +40,8 @@ def _sealed(folder: Path) -> dict[str, tuple[int, str]]:
         own = seal.get("sha256")
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise DataError(f"{folder / SEAL}: not a seal as a run writes it ({type(error).__name__}: {error})") from error
+    if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in files):
+        raise DataError(f"{folder / SEAL}: it names a file outside of the run")
     if own != sha256_json(seal["files"]):
         raise DataError(f"{folder / SEAL}: it is altered or cut short; make the run anew with --force")
     return files
