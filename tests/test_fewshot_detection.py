@@ -276,7 +276,7 @@ def test_a_picture_has_what_it_is_given(frames):
 
 @pytest.fixture(scope="module")
 def scapes(tmp_path_factory):
-    config = DatasetConfig("synthetic", 2, 1, 1, 1, 36, SoundscapeConfig(20.0, 8, 4))
+    config = DatasetConfig("synthetic", 2, 1, 1, 2, 36, SoundscapeConfig(20.0, 8, 4))
     root = compose_dataset(tmp_path_factory.mktemp("scapes"), config)
     splits = {split: load_split(root, split) for split in ("val", "test")}
     export_features([recording.audio for part in splits.values() for recording in part], top=root)

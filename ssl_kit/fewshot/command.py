@@ -282,11 +282,13 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     scores, rows = evaluate(recordings, read_predictions(args.predictions), args.n_shots)
     table = score_rows(Path(args.predictions).stem, rows)
     if args.json:
-        print(json.dumps({"f_measure": scores.f_measure, "without_hits": scores.without_hits, "rows": table}, indent=1))
+        rows = [{name: None if value != value else value for name, value in row.items()} for row in table]  # JSON: no NaN
+        print(json.dumps({"f_measure": scores.f_measure, "without_hits": scores.without_hits, "rows": rows}, indent=1))
         return 0
     columns = ["subset", "precision", "recall", "f", "low", "high", "tp", "fp", "fn"]
-    print(text_table([[round(row[c], 1) if isinstance(row[c], float) else row[c] for c in columns] for row in table],
-                     ["subset", "P %", "R %", "F %", "from", "to", "TP", "FP", "FN"]))
+    shown = [["" if row[c] != row[c] else round(row[c], 1) if isinstance(row[c], float) else row[c] for c in columns]
+             for row in table]
+    print(text_table(shown, ["subset", "P %", "R %", "F %", "from", "to", "TP", "FP", "FN"]))
     print("predictions that begin before the last shot ends are not scored; all: harmonic mean of F, P and R of all "
           "counts")
     if scores.without_hits:

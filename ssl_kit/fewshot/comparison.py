@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['first_of_each', 'score_split', 'events_of', 'count_split', 'score_rows', 'Contender', 'compare_methods',
-           'differences']
+           'headline_row', 'differences']
 
 # %% ../../nbs/fewshot/comparison.ipynb #d5933936
 from collections.abc import Mapping, Sequence
@@ -133,6 +133,12 @@ def compare_methods(val: Sequence[Recording], test: Sequence[Recording],
         for key, value in (("rules", rule), ("counts", counts), ("events", events), ("scores", scores)):
             found[key][name] = value
     return found
+
+
+def headline_row(label: str, value: float, unit: str, low: float, high: float) -> dict:
+    "A row for `save_metrics`; without an interval where there is none (NaN)."
+    row = {"label": label, "value": float(value), "unit": unit}
+    return row | {"interval": [float(low), float(high)]} if np.isfinite([low, high]).all() else row
 
 
 def differences(counts: Mapping[str, Sequence], of: str = "prototypes", n_draws: int = 1000,

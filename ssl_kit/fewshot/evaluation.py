@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['MIN_IOU', 'intervals', 'iou_matrix', 'match_events', 'Counts', 'count_events', 'evaluate_recording', 'Scores',
-           'harmonic_mean', 'score_counts', 'evaluate', 'bootstrap_scores', 'f_interval', 'f_difference']
+           'harmonic_mean', 'score_counts', 'evaluate', 'bootstrap_scores', 'single_recordings', 'f_interval',
+           'f_difference']
 
 # %% ../../nbs/fewshot/evaluation.ipynb #0b935bc3
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -155,18 +157,25 @@ def bootstrap_scores(by_recording: Sequence[tuple[str, Counts]], n_draws: int = 
         return draws | {"all": len(stacked) / (1 / stacked).sum(axis=0)}
 
 
+def single_recordings(by_recording: Sequence[tuple[str, Counts]]) -> set[str]:
+    "Subsets with a single recording: drawing it again and again tells nothing of others."
+    seen = Counter(subset for subset, _ in by_recording)
+    return {subset for subset, n in seen.items() if n < 2}
+
+
 def f_interval(by_recording: Sequence[tuple[str, Counts]], n_draws: int = 1000, seed: int = 0,
                level: float = 0.95) -> dict[str, tuple[float, float]]:
-    '{subset or "all": (low, high)}: percentile intervals of F.'
-    return {name: tuple(float(bound) for bound in percentile_interval(values, level))
-            for name, values in bootstrap_scores(by_recording, n_draws, seed).items()}
+    '{subset or "all": (low, high)}: percentile intervals of F; NaN where a subset has one recording, and for all then.'
+    alone, draws = single_recordings(by_recording), bootstrap_scores(by_recording, n_draws, seed)
+    return {name: (np.nan, np.nan) if name in alone or (name == "all" and alone) else
+            tuple(float(bound) for bound in percentile_interval(values, level)) for name, values in draws.items()}
 
 
 def f_difference(a: Sequence[tuple[str, Counts]], b: Sequence[tuple[str, Counts]], n_draws: int = 1000, seed: int = 0,
                  level: float = 0.95) -> tuple[float, float, float]:
-    "F of all of `a` minus that of `b`, and its interval; both of the same recordings in the same order."
+    "F of all of `a` minus that of `b`, and its interval (as `f_interval`); the same recordings in the same order."
     if [subset for subset, _ in a] != [subset for subset, _ in b]:
         raise DataError("a, b: expected the same recordings in the same order")
-    low, high = percentile_interval(bootstrap_scores(a, n_draws, seed)["all"]
-                                    - bootstrap_scores(b, n_draws, seed)["all"], level)
+    low, high = (np.nan, np.nan) if single_recordings(a) else percentile_interval(
+        bootstrap_scores(a, n_draws, seed)["all"] - bootstrap_scores(b, n_draws, seed)["all"], level)
     return score_counts(a).f_measure - score_counts(b).f_measure, float(low), float(high)

@@ -7,6 +7,7 @@ __all__ = ['shipped_encoder', 'ship_encoder', 'results_table', 'write_card']
 
 # %% ../../nbs/fewshot/shipped.ipynb #81308d76
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def ship_encoder(source, target, about: dict | None = None) -> Path:
 
 # %% ../../nbs/fewshot/shipped.ipynb #ddfba412
 def _interval(row: dict) -> str:
-    return f"{float(row['f']):.0f} [{float(row['low']):.0f}, {float(row['high']):.0f}]"
+    low, high = (float(row[bound] or "nan") for bound in ("low", "high"))  # a single recording has no interval
+    return f"{float(row['f']):.0f}" + (f" [{low:.0f}, {high:.0f}]" if math.isfinite(low) else "")
 
 
 def results_table(methods: Sequence[dict]) -> str:

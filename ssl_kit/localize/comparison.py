@@ -136,13 +136,14 @@ def summarize(answers, by: Sequence[str] = ("array", "method"), n_draws: int = 1
     "DataFrame: for each group MAE with interval, median, ACC(5°) with interval, ms per second of audio, recordings."
     import pandas
 
+    from ssl_kit.lab.shares import cluster_share
     from ssl_kit.lab.statistics import cluster_bootstrap
 
     rows = []
     for key, group in answers.groupby(list(by), sort=False):
         errors, rooms = group.error_deg.to_numpy(), group.room.to_numpy()
         mae = cluster_bootstrap(errors, rooms, n_draws=n_draws)
-        within = cluster_bootstrap((errors <= 5).astype(float), rooms, n_draws=n_draws)
+        within = cluster_share(errors <= 5, rooms, n_draws=n_draws)
         rows.append({**dict(zip(by, key, strict=True)), "mae_deg": mae.estimate, "mae_low": mae.low,
                      "mae_high": mae.high, "median_deg": float(np.median(errors)), "acc_5deg": within.estimate,
                      "acc_low": within.low, "acc_high": within.high, "ms_per_s": float(group.ms_per_s.median()),

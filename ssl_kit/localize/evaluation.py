@@ -67,8 +67,8 @@ def evaluate(reference_deg, estimate_deg, tolerances_deg: Sequence[float] = (5.0
     columns |= {f"acc_{t:g}deg": (errors <= t + 1e-9).astype(float) for t in tolerances_deg}
     result: dict[str, float] = {"n": len(errors)}
     for name, column in columns.items():
-        statistic = "median" if name == "median_deg" else "mean"
-        result[name] = float(getattr(np, statistic)(column))
+        statistic = {"mae_deg": "mean", "median_deg": "median"}.get(name, "share")
+        result[name] = float(np.median(column) if statistic == "median" else column.mean())
         if clusters is not None:
             low, high = _interval(column, clusters, statistic, n_draws, seed)
             result |= {f"{name}_low": low, f"{name}_high": high}
@@ -77,13 +77,15 @@ def evaluate(reference_deg, estimate_deg, tolerances_deg: Sequence[float] = (5.0
 
 def _interval(column, clusters, statistic, n_draws, seed) -> tuple[float, float]:
     "95 % interval, or NaN where a group holds a single cluster and nothing can be said."
+    from ssl_kit.lab.shares import cluster_share
     from ssl_kit.lab.statistics import cluster_bootstrap
 
     if len(clusters) != len(column):
         raise DataError(f"clusters: expected one id for each of {len(column)} recordings, found {len(clusters)}")
     if len(np.unique(clusters)) < 2:
         return np.nan, np.nan
-    interval = cluster_bootstrap(column, clusters, statistic, n_draws=n_draws, seed=seed)
+    interval = cluster_share(column, clusters, n_draws=n_draws, seed=seed) if statistic == "share" else \
+        cluster_bootstrap(column, clusters, statistic, n_draws=n_draws, seed=seed)
     return float(interval.low), float(interval.high)
 
 # %% ../../nbs/localize/evaluation.ipynb #b620777d

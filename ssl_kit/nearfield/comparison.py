@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..lab.errors import MissingDataError, ParameterError
-from ..lab.statistics import cluster_bootstrap
+from ..lab.shares import cluster_share
 from .bounds import crb
 from .covariance import effective_factor
 from .detection import Estimate, detect
@@ -175,7 +175,7 @@ def summarize_methods(table: pd.DataFrame, by: Sequence[str] = ("method",), seed
         found = scenes.n_found.sum()
         row = dict(zip(by, key, strict=True)) | {"recall": part.hit.mean()}
         if part.scene.nunique() > 1:
-            interval = cluster_bootstrap(part.hit.to_numpy(float), part.scene.to_numpy(), seed=seed)
+            interval = cluster_share(part.hit, part.scene.to_numpy(), seed=seed)
             row |= {"recall_low": interval.low, "recall_high": interval.high}
         row |= {"precision": part.hit.sum() / found if found else np.nan,
                 "right_count": (scenes.n_found == scenes.k).mean()}

@@ -43,10 +43,14 @@ def _members(errors_deg: np.ndarray) -> np.ndarray:
     return np.eye(len(ERROR_CLASSES), dtype=bool)[error_class(errors_deg)]
 
 
-def _bounded(name: str, point: np.ndarray, draws: np.ndarray, level: float, n_rooms=None) -> dict[str, np.ndarray]:
-    "A value with its bounds; with `n_rooms` it is a share of what was seen in so many rooms."
-    bounds = percentile_interval(draws, level) if n_rooms is None else share_interval(point, draws, n_rooms, level)
-    return {name: point, f"{name}_low": bounds[0], f"{name}_high": bounds[1]}
+def _bounded(name: str, point: np.ndarray, draws: np.ndarray, level: float, n_rooms,
+             share: bool = False) -> dict[str, np.ndarray]:
+    "A value and its bounds over the rooms it was seen in: exact for a share of 0 or 1, NaN for a mean in one room."
+    if share:
+        low, high = share_interval(point, draws, n_rooms, level)
+    else:
+        low, high = (np.where(np.asarray(n_rooms) > 1, bound, np.nan) for bound in percentile_interval(draws, level))
+    return {name: point, f"{name}_low": low, f"{name}_high": high}
 
 
 def _rooms(members: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -73,12 +77,13 @@ def class_table(confidences: Mapping[str, np.ndarray], errors_deg: np.ndarray, g
         rows = {"confidence": name, "class": list(ERROR_CLASSES), "n": members.sum(axis=0),
                 "share": members.mean(axis=0), "n_rooms": _rooms(members, index)}
         rows |= _bounded("mean", np.array([part.mean() for part in values]),
-                         weighted_ratio(members * confidence[:, None], members, index, weights), level)
+                         weighted_ratio(members * confidence[:, None], members, index, weights), level,
+                         rows["n_rooms"])
         rows |= {f"q{q}": [np.percentile(part, q) for part in values] for q in (25, 50, 75)}
         apart = [_auroc_good(confidence, members[:, 0], column, index, weights) for column in members.T[1:]]
         point, draws = (np.stack([np.full_like(parts[0], np.nan), *parts], axis=-1)  # NaN for the good themselves
                         for parts in zip(*apart, strict=True))
-        frames.append(pd.DataFrame(rows | _bounded("auroc_good", point[0], draws, level)))
+        frames.append(pd.DataFrame(rows | _bounded("auroc_good", point[0], draws, level, rows["n_rooms"])))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -111,9 +116,9 @@ def confidently_wrong(confidence: np.ndarray, errors_deg: np.ndarray, groups: np
     n, count, every = members.sum(axis=0), (members & sure).sum(axis=0), np.repeat(sure, members.shape[1], axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         shares = _bounded("share", count / n, weighted_ratio(members & sure, members, index, weights), level,
-                          _rooms(members, index)) \
+                          _rooms(members, index), share=True) \
             | _bounded("of_confident", count / sure.sum(), weighted_ratio(members & sure, every, index, weights), level,
-                       _rooms(every, index))
+                       _rooms(every, index), share=True)
     return pd.DataFrame({"class": list(ERROR_CLASSES), "n": n, "confident": count, **shares, "bar": bar})
 
 # %% ../../nbs/routing/failure_classes.ipynb #8f70a4be
@@ -176,10 +181,9 @@ def gain_by_class(network_errors: np.ndarray, fallback_errors: np.ndarray, group
     n = members.sum(axis=0)
     rows = {"class": [*ERROR_CLASSES, "all"], "n": n, "share": members.mean(axis=0)}
     with np.errstate(invalid="ignore", divide="ignore"):
-        for name, values, rooms in (("fallback_better", members * (gain > 0), _rooms(members, index)),
-                                    ("gain_if_routed", members * gain, None)):
+        for name, values in (("fallback_better", members * (gain > 0)), ("gain_if_routed", members * gain)):
             rows |= _bounded(name, values.sum(axis=0) / n, weighted_ratio(values, members, index, weights), level,
-                             rooms)
+                             _rooms(members, index), share=name == "fallback_better")
     best = members * np.maximum(gain, 0)
-    rows |= _bounded("ceiling", best.mean(axis=0), weighted_mean(best, index, weights), level)
+    rows |= _bounded("ceiling", best.mean(axis=0), weighted_mean(best, index, weights), level, n_rooms)
     return pd.DataFrame(rows)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..lab.errors import DataError
-from ..lab.statistics import percentile_interval, weighted_ratio
+from ..lab.statistics import percentile_interval, share_interval, weighted_ratio
 from .generalization import NetworkComparison, NetworkScores
 from .metrics import auroc
 from .policies import switch, system_errors
@@ -170,8 +170,12 @@ def headroom(comparison: NetworkComparison, margin_deg: float = 5.0) -> "pd.Data
         inside = np.broadcast_to(rows[:, None], (len(rows), len(columns)))
         values = weighted_ratio(np.stack(list(columns.values()), axis=1) * inside, inside, comparison.index, weights)
         row = {"network": network, "stratum": stratum, "n": int(rows.sum())}
-        for k, name in enumerate(columns):
+        n_rooms = len(set(comparison.index[rows].tolist()))
+        for k, (name, column) in enumerate(columns.items()):
             row |= {name: float(values[0, k]), **_bounds(name, values[1:, k])}
+            if column.dtype == bool:  # a share: none of nine is no sure zero
+                low, high = share_interval(values[0, k], values[1:, k], n_rooms)
+                row |= {f"{name}_low": float(low), f"{name}_high": float(high)}
         table.append(row)
     return pd.DataFrame(table)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..lab.errors import DataError, ParameterError
-from ..lab.statistics import cluster_index, cluster_weights, percentile_interval, weighted_ratio
+from ..lab.statistics import cluster_index, cluster_weights, percentile_interval, share_interval, weighted_ratio
 from .bank import ErrorTable
 from ssl_kit.routing.generalization import (
     NetworkComparison,
@@ -130,11 +130,12 @@ def _against_own(comparison: NetworkComparison, one: NetworkScores, rows: np.nda
     weights = np.concatenate([np.ones_like(comparison.weights[:1]), comparison.weights])  # the sample itself first
     values = {name: weighted_ratio(*parts, comparison.index, weights) for name, parts in shares.items()}
     values |= {"f1_change": values["f1"] - values["f1"][:, :1], "regret": values["mae"] - values["mae"][:, :1]}
-    result = []
+    result, n_rooms = [], len(set(comparison.index[rows].tolist()))
     for k in range(1, routed.shape[1]):
         row = {}
         for name, value in values.items():
-            low, high = percentile_interval(value[1:, k])
+            low, high = share_interval(value[0, k], value[1:, k], n_rooms) if name == "achieved" else \
+                percentile_interval(value[1:, k])
             row |= {name: float(value[0, k]), f"{name}_low": float(low), f"{name}_high": float(high)}
         result.append(row)
     return result
