@@ -282,7 +282,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     scores, rows = evaluate(recordings, read_predictions(args.predictions), args.n_shots)
     table = score_rows(Path(args.predictions).stem, rows)
     if args.json:
-        rows = [{name: None if value != value else value for name, value in row.items()} for row in table]  # JSON: no NaN
+        rows = [{name: None if value != value else value for name, value in row.items()} for row in table]  # no NaN
         print(json.dumps({"f_measure": scores.f_measure, "without_hits": scores.without_hits, "rows": rows}, indent=1))
         return 0
     columns = ["subset", "precision", "recall", "f", "low", "high", "tp", "fp", "fn"]

@@ -17,8 +17,8 @@ from .statistics import Interval, cluster_bootstrap, share_interval
 def cluster_share(hits, groups, n_draws: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
     """Share of the rows (row,) that are True (or 1), and its interval over clusters of `groups` (row,).
 
-    `cluster_bootstrap`, and the exact bound of Clopper & Pearson (1934) for as many trials as clusters where the share is
-    0 or 1. Raises DataError for other values than 0 and 1, and as `cluster_bootstrap` does.
+    `cluster_bootstrap`, and the exact bound of Clopper & Pearson (1934) for as many trials as clusters where the share
+    is 0 or 1. Raises DataError for other values than 0 and 1, and as `cluster_bootstrap` does.
     """
     hits = np.asarray(hits, np.float64)
     if hits.ndim != 1 or not np.isin(hits, (0, 1)).all():
