@@ -1,13 +1,15 @@
 """Readers of files against bytes that nobody meant; scripts/fuzz_parsers.py does the same for as long as one likes."""
 
 import importlib.util
+import io
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from ssl_kit.lab.errors import SslKitError
+from ssl_kit.lab.errors import DataError, SslKitError
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "fuzz_parsers.py"
 spec = importlib.util.spec_from_file_location("fuzz_parsers", SCRIPT)
@@ -55,6 +57,34 @@ def test_what_was_found_once_is_refused_now(name):
         for data in FOUND[name]:
             tried.once(data)
         assert not tried.crashes and tried.n == len(FOUND[name])
+
+
+def encrypted(data):
+    """The first member says that it is encrypted: in the directory, and itself."""
+    data = bytearray(data)
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    data[data.index(b"PK\x03\x04") + 6] |= 1
+    return bytes(data)
+
+
+def no_array(data):
+    """A member holds words."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as whole, zipfile.ZipFile(out, "w") as changed:
+        for k, name in enumerate(whole.namelist()):
+            changed.writestr(name, b"words" if k == 1 else whole.read(name))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("change", [encrypted, no_array])
+@pytest.mark.parametrize("name", ["bank", "shard", "stored results"])
+def test_members_that_are_encrypted_or_no_arrays_are_named(tmp_path, name, change):
+    """zipfile's RuntimeError and NumPy's bytes came out of readers of archives."""
+    target = next(target for target in fuzz.TARGETS if target.name == name)
+    path = tmp_path / target.file
+    path.write_bytes(change(target.examples()[0]))
+    with pytest.raises(DataError, match=target.file):
+        target.read(path)
 
 
 CHECKPOINTS = SCRIPT.parent.parent / "ssl_kit" / "assets" / "checkpoints"

@@ -55,10 +55,13 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     "All arrays of an .npz; DataError naming the file when it is truncated or something else."
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in file.files}
+        if strange := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
+            raise ValueError(f"{strange[0]} is no array")  # NumPy gives the bytes of a member that is none
+        return arrays
     except FileNotFoundError as error:
         raise MissingDataError(f"{path}: expected a shard of scenes, found none") from error
-    except DAMAGED_ARRAYS as error:
+    except (*DAMAGED_ARRAYS, RuntimeError) as error:  # RuntimeError: a member says that it is encrypted
         raise DataError(f"{path}: expected a shard of scenes (.npz), found a truncated or foreign file ({error}); "
                         "remove it and build the shards again: the others are kept") from error
 
@@ -149,7 +152,7 @@ def _is_whole(path: Path, n_scenes: int) -> bool:
                 return False
         with np.load(path, allow_pickle=False) as file:
             return len(file["n_sources"]) == n_scenes
-    except DAMAGED_ARRAYS:
+    except (*DAMAGED_ARRAYS, RuntimeError):
         return False
 
 

@@ -285,8 +285,11 @@ def read_npz(path: str | os.PathLike, memory_map: bool = False) -> dict[str, np.
         with np.load(path, allow_pickle=False) as archive, zipfile.ZipFile(path) as members:
             large = {info.filename.removesuffix(".npy"): info for info in members.infolist()
                      if memory_map and info.compress_type == zipfile.ZIP_STORED and info.file_size > 1e6}
-            return {key: _map_member(path, large[key]) if key in large else archive[key] for key in archive.files}
-    except DAMAGED_ARRAYS as error:
+            arrays = {key: _map_member(path, large[key]) if key in large else archive[key] for key in archive.files}
+        if strange := [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]:
+            raise ValueError(f"{strange[0]} is no array")  # NumPy gives the bytes of a member that is none
+        return arrays
+    except (*DAMAGED_ARRAYS, RuntimeError) as error:  # RuntimeError: a member says that it is encrypted
         reason = "holds pickled objects, which are refused" if "allow_pickle" in str(error) else f"damaged ({error})"
         raise DataError(f"{path}: {reason}; expected plain arrays as save_bank writes them") from error
 

@@ -109,5 +109,5 @@ def load_results(path: str | os.PathLike, test: ErrorTable, test_fallback: Fallb
                              for protocol in protocols})
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    except (KeyError, ValueError, IndexError, TypeError) as error:
+    except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not results as save_results writes them ({type(error).__name__}: {error})") from error
