@@ -234,6 +234,26 @@ def test_power_at():
         srp_power_at(samples, geometry, [20.0, 20.0], config=SRPConfig(block_s=0.1))
 
 
+def test_a_damaged_kept_answer_is_named_or_the_same(tmp_path):
+    geometry = named_array("6cm")
+    clips = [SimpleNamespace(samples=plane_wave(geometry, 10.0, n=4000), geometry=geometry, sample_rate=RATE)]
+    (before,) = cached_srp(clips, tmp_path)
+    (path,) = (f for f in tmp_path.rglob("*") if f.is_file())
+    data, rng, named = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(150):
+        changed = bytearray(data)
+        changed[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed if rng.random() < 0.8 else data[:rng.integers(len(data))])
+        try:
+            (after,) = cached_srp(clips, tmp_path)
+        except DataError as error:
+            assert path.name in str(error)
+            named += 1
+        else:
+            np.testing.assert_array_equal(after.azimuth_deg, before.azimuth_deg)
+    assert named > 50
+
+
 def test_cache_is_by_content_and_safe_with_two_writers(tmp_path):
     geometry = named_array("6cm")
     clips = [SimpleNamespace(samples=plane_wave(geometry, a, n=4000), geometry=geometry, sample_rate=RATE)

@@ -6,7 +6,6 @@
 __all__ = ['BankPlan', 'union_array', 'render', 'plan_of', 'render_again', 'recording_name', 'make_parts', 'write_banks']
 
 # %% ../../nbs/localize/banks.ipynb #1b74a6b3
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -20,7 +19,7 @@ from ..arrays.rooms import SceneConfig, render_scene, sample_scene
 from ..lab.context import usable_cores
 from ..lab.corpora import NOISE_CORPORA, SPLITS
 from ..lab.errors import DataError, ParameterError
-from ..lab.files import atomic_write, read_json, to_plain, write_json
+from ..lab.files import DAMAGED_ARRAYS, atomic_write, read_json, to_plain, write_json
 from ..lab.progress import progress
 from ..lab.threads import torch_threads
 from ..lab.workers import process_pool
@@ -183,7 +182,7 @@ def _is_whole(path: Path) -> bool:
     try:
         with np.load(path, allow_pickle=False) as part:
             return all(len(part[name]) for name in part.files)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+    except (*DAMAGED_ARRAYS, RuntimeError, TypeError):
         return False
 
 

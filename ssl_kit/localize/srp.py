@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ import torch
 from ..arrays.angles import wrap_deg
 from ..arrays.geometry import SPEED_OF_SOUND, ArrayGeometry
 from ..lab.errors import DataError, ParameterError
-from ..lab.files import atomic_write, sha256_json
+from ..lab.files import DAMAGED_ARRAYS, atomic_write, sha256_json
 from ..lab.stft import stft
 from ..lab.threads import torch_threads
 from .protocol import AzimuthTrack, check_recording, read_for_array
@@ -362,6 +361,6 @@ def _load_track(path: Path) -> AzimuthTrack:
         with np.load(path, allow_pickle=False) as kept:
             fields = {name: kept[name] for name in kept.files}
         return AzimuthTrack(**{**fields, "method": str(fields["method"])})
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, TypeError, OSError) as error:
+    except (*DAMAGED_ARRAYS, RuntimeError, TypeError) as error:
         raise DataError(f"{path}: expected a kept SRP answer, found something else ({error}); remove the file and it "
                         "is made anew") from error
