@@ -76,6 +76,29 @@ def no_array(data):
     return out.getvalue()
 
 
+def renamed(data, k=1):
+    """A member has another name."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as whole, zipfile.ZipFile(out, "w") as changed:
+        for number, name in enumerate(whole.namelist()):
+            changed.writestr(("x" if number == k else "") + name, whole.read(name))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", ["bank", "shard", "stored results"])
+def test_an_archive_without_one_of_its_members_is_named_or_does_without(tmp_path, name):
+    target = next(target for target in fuzz.TARGETS if target.name == name)
+    data, path, refused = target.examples()[0], tmp_path / target.file, 0
+    for k in range(len(zipfile.ZipFile(io.BytesIO(data)).namelist())):
+        path.write_bytes(renamed(data, k))
+        try:
+            target.read(path)
+        except DataError as error:
+            assert target.file in str(error)
+            refused += 1
+    assert refused > 4
+
+
 @pytest.mark.parametrize("change", [encrypted, no_array])
 @pytest.mark.parametrize("name", ["bank", "shard", "stored results"])
 def test_members_that_are_encrypted_or_no_arrays_are_named(tmp_path, name, change):

@@ -84,6 +84,10 @@ def read_shard(path: str | os.PathLike, surface: Surface | None = None) -> Shard
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: expected the facts that write_shard leaves, found {error!r}; build the shard again") \
             from error
+    missing = {"y", "channel", "sources", "n_sources", "snr_db", "code_phase" if bits is None else "code_index"} \
+        - arrays.keys()
+    if missing:
+        raise DataError(f"{path}: expected a shard of scenes, {sorted(missing)} missing; build the shard again")
     codes = np.exp(1j * arrays["code_phase"]).astype(np.complex64) if bits is None else \
         codes_of(arrays["code_index"], bits)
     batch = SceneBatch(arrays["y"], arrays["channel"], codes, arrays["sources"],
