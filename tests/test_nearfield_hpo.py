@@ -360,6 +360,7 @@ def test_another_number_of_trials_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("url", "words"), [("mysql://x", "sqlite:///FILE"), ("study.db", "sqlite:///FILE"),
+                                            ("sqlite://", "sqlite:///FILE"), ("sqlite:///:memory:", "sqlite:///FILE"),
                                             ("postgresql://u@127.0.0.1:1/d", "can't be opened")])
 def test_a_storage_that_cannot_be_is_named(url, words):
     if url.startswith("postgresql"):

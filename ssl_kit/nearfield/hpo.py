@@ -112,7 +112,9 @@ def open_storage(url: str, heartbeat_s: int = 10):
     """
     optuna = _optuna()
     kind = url.partition("://")[0]
-    if kind not in ("sqlite", "postgresql", "postgresql+psycopg"):
+    # in memory each thread would have a database of its own
+    in_memory = kind == "sqlite" and url.removeprefix("sqlite://") in ("", "/", "/:memory:")
+    if kind not in ("sqlite", "postgresql", "postgresql+psycopg") or in_memory:
         raise ParameterError(f"storage {url!r}: expected sqlite:///FILE or postgresql://USER@HOST/DATABASE")
     if kind == "postgresql":
         url = "postgresql+psycopg" + url[len(kind):]
