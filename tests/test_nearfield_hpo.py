@@ -82,7 +82,8 @@ def killed_in_the_middle(folder, url, n=6):
         except (KeyError, ParameterError):
             return None
         done = finished_tickets(study)
-        running = [t for t in study.trials if t.state.name == "RUNNING" and t.params]
+        # with all its values drawn
+        running = [t for t in study.trials if t.state.name == "RUNNING" and t.params.keys() == SPACE.keys()]
         return (done, running[0]) if len(done) >= 2 and running and len(done) < n - 1 else None
     try:
         done, running = wait_until(busy)
@@ -373,6 +374,20 @@ def test_without_optuna_it_is_said_which_extra_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(MissingDataError, match=r"ssl_kit\[hpo\]"):
         open_storage("sqlite:///x.db")
+
+
+def test_the_winner_is_judged_on_scenes_that_nobody_chose_by():
+    """Trap: the least of many objectives on the scenes that it was chosen on is no figure of the winner."""
+    from ssl_kit.nearfield import hpo_tasks
+
+    seeds = {hpo_tasks._SURROGATE_SEED + part for part in range(3)} | {hpo_tasks._VALID_SEED, hpo_tasks._TEST_SEED}
+    assert len(seeds) == 5
+    table = hpo_tasks.detectors_on_test({"shipped": {}, "again": {}, "deaf": {"threshold": 1e4}}, 12, n_draws=60)
+    assert table.change.tolist()[:2] == [0, 0] and table.change_low[1] == table.change_high[1] == 0
+    assert table.f1[2] != table.f1[2] or table.f1[2] == 0  # nothing found
+    assert table.change_low[2] > 1 and table.objective[2] == pytest.approx(6)  # 10 m over 2 m, and no F1
+    with pytest.raises(ParameterError, match="two scenes"):
+        hpo_tasks.detectors_on_test({"shipped": {}}, 1)
 
 
 def test_the_detector_is_a_task_and_its_seeds_are_its_own():
