@@ -1,9 +1,11 @@
 """Runs: identity, reuse, kill -9 and resumption, two writers, failures, full disks, the index."""
 
+import contextlib
 import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -341,6 +343,23 @@ def test_the_index_is_made_from_the_folders(lab, executed):
     for path in sorted(runs[2].folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     assert len(indexed_runs()) == 2
+
+
+@pytest.mark.parametrize("name", [None, 7, b"toy"])
+def test_rows_without_names_are_no_runs(lab, executed, name):
+    """A damaged table may hold values of any type."""
+    for seed in (1, 2):
+        carry_out(planned_toy(f"seed={seed}"))
+    before = indexed_runs()
+    with contextlib.closing(sqlite3.connect(lab / "runs" / "index.sqlite")) as connection, connection:
+        connection.execute("PRAGMA ignore_check_constraints = 1")
+        columns = [row[1] for row in connection.execute("PRAGMA table_info(runs)")]
+        rows = connection.execute("SELECT * FROM runs").fetchall()
+        connection.execute("DROP TABLE runs")
+        connection.execute(f"CREATE TABLE runs ({', '.join(columns)}, PRIMARY KEY (stage, run_id))")
+        connection.executemany(f"INSERT INTO runs VALUES ({', '.join('?' * len(columns))})",
+                               [(name, *row[1:]) for row in rows] + rows)
+    assert indexed_runs() == before and len(before) == 2
 
 
 def test_no_turned_bit_of_the_index_is_believed(lab, executed):

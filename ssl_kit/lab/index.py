@@ -65,7 +65,8 @@ def _refreshed(connection: sqlite3.Connection, runs: Path, rebuild: bool) -> lis
     _prepare(connection, rebuild)
     rows = connection.execute("SELECT stage, run_id, mark FROM runs")
     known, marks = {(stage, run_id): mark for stage, run_id, mark in rows}, _marks(runs)
-    connection.executemany("DELETE FROM runs WHERE stage = ? AND run_id = ?", sorted(set(known) - set(marks)))
+    gone = list(set(known) - set(marks))  # in any order: a damaged name may be of any type
+    connection.executemany("DELETE FROM runs WHERE stage = ? AND run_id = ?", gone)
     connection.executemany(f"INSERT OR REPLACE INTO runs VALUES ({', '.join('?' * len(_COLUMNS))})", [
         _row(runs / stage / run_id, mark) for (stage, run_id), mark in marks.items()
         if known.get((stage, run_id)) != mark])

@@ -101,7 +101,7 @@ def _objectives(truth: list, found: list, weights: np.ndarray) -> np.ndarray:
 
 def detectors_on_test(candidates: Mapping[str, Mapping[str, Any]], n_scenes: int = 200, n_draws: int = 1000,
                       seed: int = 0) -> "pd.DataFrame":
-    """Settings of the detector (name -> values) on scenes that none was chosen on; a row for each, the first to compare.
+    """Settings of the detector (name -> values) on scenes that none was chosen on: a row for each.
 
     Columns: values, objective (`end_to_end_objective`), f1, rmse_xyz_m, ms a scene, and change of the objective to the
     first with 95 % bounds over scenes, the same draws for all. ParameterError for fewer than two scenes.
