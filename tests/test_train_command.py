@@ -1,6 +1,8 @@
 """`ssl-kit train`: rooms, training, checkpoint, going on, and what it refuses."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -27,6 +29,18 @@ def test_from_speech_to_a_model_that_localizes(tmp_path, capsys):
     code = main(["train", "ipdnet-variable", str(tmp_path / "longer"), *SMALL, "--start", done["checkpoint"],
                  "--rooms-in", str(folder)])
     assert code == 0 and not (tmp_path / "longer" / "rooms_train").exists()
+
+
+def test_of_two_processes_one_saves_and_tells(tmp_path):
+    """A time limit is no failure: the second process ended with a 3 as well, and the first was killed for it."""
+    command = [sys.executable, "-m", "ssl_kit.lab.cli", "train", "ipdnet-variable", str(tmp_path / "model"), *SMALL,
+               "--devices", "2", "--device", "cpu"]
+    for options, code, steps in ((["--time-limit", "0"], 3, [1]), ([], 0, [1, 2])):
+        done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240)
+        assert done.returncode == code, done.stderr[-2000:]
+        told = json.loads(done.stdout)
+        assert [row["step"] for row in told["history"]] == steps and told["complete"] == (not code)
+    assert (tmp_path / "model" / "checkpoint").is_dir()
 
 
 @pytest.mark.parametrize("options, words", [

@@ -1,6 +1,11 @@
 """The training loop: plateau and stopping survive a kill, and what an older training lacked has its default."""
 
+import os
 import random
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -207,3 +212,64 @@ def test_epochs_without_best(values, patience):
         best = value if value < best else best
     factors = [plateau_factor(values[:k], patience) for k in range(len(values) + 1)]
     assert factors[0] == 1 and all(b in (a, a / 2) for a, b in zip(factors, factors[1:], strict=False))
+
+
+_TWO = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from lightning.fabric import Fabric
+from test_training import LineTask, Points, plan, train_network, zigzag
+torch.set_num_threads(1)
+case, first = sys.argv[3], os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+class Task(LineTask):
+    def loss(self, *args):
+        return super().loss(*args) * (float("nan") if case == ("first" if first else "second") else 1)
+
+
+def broadcast(self, *args, _broadcast=Fabric.broadcast):
+    for thread in os.listdir("/proc/self/task"):
+        if int(thread) != os.getpid():
+            os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+    return _broadcast(self, *args)
+
+
+if case == "slow":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    Fabric.broadcast = broadcast
+train_network(sys.argv[2], Task(), plan(steps=4, epoch_steps=2), Points(), zigzag, device="cpu", devices=2)
+"""
+
+
+def two_processes(folder, case: str, **environment) -> subprocess.CompletedProcess:
+    """What came of a training by two processes; returns when both have ended (both write to one pipe)."""
+    (folder / "two.py").write_text(_TWO)
+    command = [sys.executable, str(folder / "two.py"), os.path.dirname(__file__), str(folder / "run"), case]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | environment)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="threads can't be made slow on purpose here")
+def test_two_processes_part_though_a_thread_of_the_group_is_late(tmp_path):
+    """The destructor of a group waited for its thread with the interpreter's lock, the thread for that lock."""
+    done = two_processes(tmp_path, "slow")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("step 4") == 1 and (tmp_path / "run" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("who", ["first", "second"])
+def test_a_process_that_fails_takes_the_other_along(tmp_path, who):
+    """Not after the half hour that one waits for another; and the reason is said."""
+    started = time.monotonic()
+    done = two_processes(tmp_path, who)
+    assert done.returncode != 0 and "training diverged" in done.stderr, done.stderr[-2000:]
+    assert time.monotonic() - started < 200
+
+
+def test_processes_that_can_not_meet_end(tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        done = two_processes(tmp_path, "as usual", MASTER_PORT=str(other.getsockname()[1]))
+    assert done.returncode != 0 and "EADDRINUSE" in done.stderr, done.stderr[-2000:]

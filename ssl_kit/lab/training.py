@@ -7,14 +7,16 @@ __all__ = ['SCHEDULES', 'TrainingConfig', 'learning_rate_factor', 'epochs_withou
            'on_device', 'Task', 'train_network']
 
 # %% ../../nbs/lab/training.ipynb #c8d940cf
+import contextlib
 import copy
 import math
 import pickle
 import struct
+import subprocess
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -244,6 +246,22 @@ class _State:
         except _UNREADABLE as error:
             raise CheckpointError(f"{path}: does not fit this training ({error!r}); {_ANEW}") from error
 
+# %% ../../nbs/lab/training.ipynb #5e1ab0d7
+@contextlib.contextmanager
+def _processes(fabric: Fabric) -> Iterator[None]:
+    "The processes of `fabric`, from meeting to parting; those that this one started do not outlive its failure."
+    try:
+        fabric.launch()
+        yield
+        fabric.barrier()  # nobody leaves while another still waits for him
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        for child in getattr(fabric.strategy.launcher, "procs", ()):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(3)  # one that failed first is about to say why
+            child.kill()
+        raise
+
 # %% ../../nbs/lab/training.ipynb #8c06003f
 def train_network(
     folder,                             # last.ckpt and history.json are kept here; an earlier run in it is resumed
@@ -266,19 +284,27 @@ def train_network(
     device = "cpu" if device == "auto" and not torch.cuda.is_available() else device
     fabric = Fabric(accelerator=device, devices=devices, precision=choose_precision(config.precision),
                     strategy="ddp" if devices > 1 else "auto")
-    if devices > 1:
-        fabric.launch()
-    torch.manual_seed(config.seed)
-    state = _State(task, config, train, devices)
-    if (folder / "last.ckpt").exists():
-        state.load(folder / "last.ckpt")
-    elif start is not None:
-        state.begin_with(start)
+    with _processes(fabric) if devices > 1 else contextlib.nullcontext():
+        torch.manual_seed(config.seed)
+        state = _State(task, config, train, devices)
+        if (folder / "last.ckpt").exists():
+            state.load(folder / "last.ckpt")
+        elif start is not None:
+            state.begin_with(start)
+        _train(fabric, state, folder, validate, time_limit_s, report)
+    if state.best is not None:
+        state.average.load_state_dict(state.best)
+    return state.average.cpu().eval(), state.history
+
+
+def _train(fabric: Fabric, state: _State, folder: Path, validate, time_limit_s, report) -> None:
+    "Train `state` to its end; a function of its own, so that the distributed network ends with it."
+    config = state.config
     network, optimizer = fabric.setup(state.model, state.optimizer)
     state.average.to(fabric.device)
     last = state.step if state.finished else config.steps
     loader = torch.utils.data.DataLoader(
-        _Steps(train, task, state.step, last, fabric.global_rank, fabric.world_size), batch_size=None,
+        _Steps(state.train, state.task, state.step, last, fabric.global_rank, fabric.world_size), batch_size=None,
         num_workers=config.workers, worker_init_fn=_one_thread, prefetch_factor=3 if config.workers else None)
     # second moments of rarely used weights decay into denormal numbers, which are ten times slower on a CPU
     torch.set_flush_denormal(True)
@@ -286,12 +312,6 @@ def train_network(
         _epochs(fabric, network, optimizer, state, loader, folder, validate, time_limit_s, report)
     finally:
         torch.set_flush_denormal(False)  # a setting of the whole process: others count on denormal numbers
-    if devices > 1:
-        fabric.barrier()  # nobody leaves while another still waits for him
-        torch.distributed.destroy_process_group()
-    if state.best is not None:
-        state.average.load_state_dict(state.best)
-    return state.average.cpu().eval(), state.history
 
 
 def _epochs(fabric, network, optimizer, state: _State, loader, folder: Path, validate, time_limit_s, report) -> None:

@@ -168,6 +168,8 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
 
 def run_train(args: argparse.Namespace) -> int:
     "Train; exit code 0 when the training is complete, 3 when the time limit came first. Raises the kit's errors."
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
     from ssl_kit.localize.checkpoints import load_checkpoint, save_checkpoint
     from ssl_kit.localize.training import TrainingConfig, train_network
 
@@ -182,6 +184,8 @@ def run_train(args: argparse.Namespace) -> int:
                                      streams["valid"], valid_batches=6, time_limit_s=args.time_limit,
                                      device=args.device, report=(lambda line: None) if args.json else print,
                                      start=start, devices=args.devices)
+    if args.devices > 1 and rank_zero_only.rank:
+        return 0  # the first process saves and tells; a 3 of another would be taken for its failure
     about = {"speech": args.speech, "noise": noise, "steps": history[-1]["step"], "of": recipe.steps,
              "clip_s": recipe.clip_s, "started_from": args.start, "valid_mae_deg": history[-1]["valid_mae_deg"]}
     about |= {"array": recipe.array} if recipe.pool == "ring" else {}
