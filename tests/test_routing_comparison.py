@@ -356,6 +356,7 @@ def test_latex_compiles(result, leaky, tmp_path):
 
 def test_cells_on_paper():
     assert latex.format_interval(7.25, 6, 8) == r"7.2 {\scriptsize [6.0, 8.0]}"
+    assert latex.format_interval(0, 0, 0, 0) == "0" and latex.format_interval(100, 100, 100, 0) == "100"
     assert latex.format_interval(float("nan")) == "--" and latex.format_interval(-0.04) == "0.0"
     assert latex.format_interval(-1.0, bold=True) == r"\textbf{$-1.0$}"
     assert latex.format_interval(1.5, 1, 2, siunitx=True) == r"\num{1.5} {\scriptsize [\num{1.0}, \num{2.0}]}"

@@ -84,7 +84,10 @@ def _system_rows(result: StudyResult, threshold: str) -> "pd.DataFrame":
 # %% ../../nbs/routing/latex.ipynb #cd7c2706
 def format_interval(value: float, low: float = np.nan, high: float = np.nan, digits: int = 1, bold: bool = False,
                     siunitx: bool = False) -> str:
-    r"LaTeX of a value with its bounds in small brackets; a dash for NaN, no brackets without bounds."
+    r"""LaTeX of a value with its bounds in small brackets; a dash for NaN.
+
+    No brackets without bounds, nor where both are the value: nothing was drawn that differs, as when a system that
+    routes nothing routes 0 %, and [0, 0] would look like certainty that was measured."""
     if not np.isfinite(value):
         return "--"
 
@@ -94,7 +97,7 @@ def format_interval(value: float, low: float = np.nan, high: float = np.nan, dig
         return rf"\num{{{text}}}" if siunitx else f"${text}$" if text.startswith("-") else text
 
     text = rf"\textbf{{{number(value)}}}" if bold else number(value)
-    if not (np.isfinite(low) and np.isfinite(high)):
+    if not (np.isfinite(low) and np.isfinite(high)) or low == value == high:
         return text
     return rf"{text} {{\scriptsize [{number(low)}, {number(high)}]}}"
 
