@@ -1,7 +1,6 @@
 """The geometry-aware network: its maps against physics, its invariances, its training and its localizer."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
