@@ -339,11 +339,11 @@ def test_files_of_the_server_cannot_be_asked_for(served, tmp_path, checkpoint):
     secret = tmp_path / "secret.wav"
     soundfile.write(secret, noise(), 16000)
     api = f"http://127.0.0.1:{port}/gradio_api"
-    assert requests.get(f"{api}/file={secret}", timeout=60).status_code in (403, 404)
+    assert requests.get(f"{api}/file={secret}", timeout=120).status_code in (403, 404)
     file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
     for data in ([file, "tiny", 1.0, None], [None, str(checkpoint), 1.0, None], [None, "tiny", 1.0, file]):
-        asked = requests.post(f"{api}/call/enhance", timeout=60, json={"data": data})
-        said = requests.get(f"{api}/call/enhance/{asked.json()['event_id']}", timeout=60).text
+        asked = requests.post(f"{api}/call/enhance", timeout=120, json={"data": data})
+        said = requests.get(f"{api}/call/enhance/{asked.json()['event_id']}", timeout=120).text
         assert "event: error" in said and "secret" not in said
 
 
@@ -388,7 +388,7 @@ def test_fifty_uploads_at_once_with_hostile_names(served, tmp_path):
     assert told.count("enhanced") == 50, sorted(set(told))
     made = {path for path in tmp_path.parent.rglob("*") if temporary not in path.parents} - before
     assert {path.name for path in made if path.is_file()} == {f"{k}.wav" for k in range(50)}
-    assert requests.get(f"http://127.0.0.1:{port}/", timeout=60).status_code == 200
+    assert requests.get(f"http://127.0.0.1:{port}/", timeout=120).status_code == 200
 
 
 @pytest.mark.slow

@@ -286,7 +286,7 @@ def panel_notebook():
 def test_a_saved_notebook_keeps_the_panel():
     pytest.importorskip("ipywidgets")
     nbclient = pytest.importorskip("nbclient")
-    notebook = nbclient.NotebookClient(panel_notebook(), timeout=120).execute()
+    notebook = nbclient.NotebookClient(panel_notebook(), timeout=300).execute()
     assert "application/vnd.jupyter.widget-view+json" in notebook.cells[0].outputs[-1].data
     states = notebook.metadata["widgets"]["application/vnd.jupyter.widget-state+json"]["state"].values()
     models = {state["model_name"] for state in states}

@@ -145,7 +145,7 @@ def test_a_killed_bank_ends_in_the_same_files(tmp_path):
         from ssl_kit.localize.array_bank import *
         build_array_bank(sys.argv[1], {config}, workers=1)"""
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     state = tmp_path / "killed" / "bank.json"
     while time.monotonic() < deadline and not (state.exists() and json.loads(state.read_text())["done"]):
         time.sleep(0.02)

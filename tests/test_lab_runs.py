@@ -536,9 +536,9 @@ def test_ctrl_c_ends_all_kernels_of_a_study(lab):
     kernels = psutil.Process(process.pid).children(recursive=True)
     assert len(kernels) >= 2
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == 130
-    _, alive = psutil.wait_procs(kernels, timeout=10)
+    _, alive = psutil.wait_procs(kernels, timeout=60)
     assert not alive and [one.run.status["state"] for one in planned.values()] == ["interrupted"] * 2
 
 
@@ -564,7 +564,7 @@ def test_ctrl_c_ends_a_study_that_waits_for_another_process(lab):
             assert said, "the study ended"
             said = process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=240)
     assert process.returncode == 130 and planned.run.status == {}
 
 

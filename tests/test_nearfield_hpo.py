@@ -1,9 +1,9 @@
 """Search of hyperparameters: kills, several workers, SQLite and PostgreSQL, pruning with a reason, two stages."""
 
+import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -56,7 +56,7 @@ def worker(folder: Path, url: str, n: int, seconds: float) -> subprocess.Popen:
                             env=os.environ | {"PYTHONPATH": path}, text=True)
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=240):
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:
         if (found := condition()) is not None:
@@ -116,7 +116,7 @@ def test_after_a_kill_nothing_is_lost_and_no_trial_is_too_many(tmp_path):
 
 def check_together(folder, url, n=8):
     both = [worker(folder, url, n, 0.1) for _ in range(2)]
-    outputs = [one.communicate(timeout=120) for one in both]
+    outputs = [one.communicate(timeout=240) for one in both]
     assert [one.returncode for one in both] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0]  # the same winner
     study = optuna.load_study(study_name="study", storage=open_storage(url))
@@ -225,7 +225,7 @@ def test_workers_that_begin_together_add_each_trial_once(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def postgresql(tmp_path_factory):
     "Address of a PostgreSQL server of our own on loopback."
-    pytest.importorskip("psycopg", reason="needs psycopg: pip install 'ssl_kit[hpo]'")
+    psycopg = pytest.importorskip("psycopg", reason="needs psycopg: pip install 'ssl_kit[hpo]'")
     homes = [Path(p) for p in sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)]
     homes += [Path(found).parent] if (found := shutil.which("initdb")) else []
     home = next((h for h in homes if (h / "initdb").exists() and (h / "postgres").exists()), None)
@@ -245,15 +245,15 @@ def postgresql(tmp_path_factory):
                                "-k", folder, "-F"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
     try:
         def answers():
-            with socket.socket() as there:
-                return True if there.connect_ex(("127.0.0.1", port)) == 0 else None
-        wait_until(answers, 30)
-        time.sleep(0.3)
+            with contextlib.suppress(psycopg.OperationalError):  # it listens before it lets anybody in
+                psycopg.connect(f"postgresql://tester@127.0.0.1:{port}/postgres").close()
+                return True
+        wait_until(answers, 120)
         yield f"postgresql://tester@127.0.0.1:{port}"
     finally:
         stop = [*as_user, home / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop"]
         subprocess.run(stop, capture_output=True, cwd="/")
-        server.wait(30)
+        server.wait(120)
         shutil.rmtree(folder, ignore_errors=True)
 
 

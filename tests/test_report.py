@@ -164,7 +164,7 @@ def test_page_never_scrolls_sideways(runs, tmp_path):
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
                "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000",
                "--virtual-time-budget=4000", "--dump-dom", (tmp_path / "frames.html").as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=90).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=240).stdout
     for pair in re.search(r"widths ([\d, ]+)", dom)[1].split():
         scroll, client = map(int, pair.split(","))
         assert 300 < client and scroll <= client  # nothing sticks out of the page

@@ -341,7 +341,7 @@ def served():
 
 @pytest.mark.slow
 def test_a_taken_port_is_named(served):
-    done = subprocess.run(page_command(PAGE, "--port", served), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(page_command(PAGE, "--port", served), capture_output=True, text=True, timeout=240)
     assert done.returncode and f"--port {served}" in done.stderr and "choose another port" in done.stderr
 
 
@@ -350,10 +350,11 @@ def test_files_of_the_server_cannot_be_asked_for(served, tmp_path):
     requests = pytest.importorskip("requests")
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
-    assert requests.get(f"http://127.0.0.1:{served}/gradio_api/file={secret}", timeout=20).status_code in (403, 404)
-    asked = requests.post(f"http://127.0.0.1:{served}/gradio_api/call/answer", timeout=20, json={
+    assert requests.get(f"http://127.0.0.1:{served}/gradio_api/file={secret}", timeout=120).status_code in (403, 404)
+    asked = requests.post(f"http://127.0.0.1:{served}/gradio_api/call/answer", timeout=120, json={
         "data": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}, "6cm", "crnn", ""]})
-    said = requests.get(f"http://127.0.0.1:{served}/gradio_api/call/answer/{asked.json()['event_id']}", timeout=30).text
+    event = asked.json()["event_id"]
+    said = requests.get(f"http://127.0.0.1:{served}/gradio_api/call/answer/{event}", timeout=120).text
     assert "event: error" in said and "secret.txt" not in said
 
 

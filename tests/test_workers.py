@@ -31,7 +31,7 @@ def test_workers_of_a_killed_process_end(tmp_path, method):
     assert len(workers) >= 2
     process.kill()
     process.communicate()
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     for left in alive:
         left.kill()
     assert not alive
@@ -41,4 +41,4 @@ def test_a_pool_gives_its_answers_and_ends():
     started = time.monotonic()
     with process_pool(2, "fork") as pool:
         assert list(pool.map(abs, range(-5, 0))) == [5, 4, 3, 2, 1]
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 120
