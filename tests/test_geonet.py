@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -16,6 +17,7 @@ from ssl_kit.arrays.angles import angular_error_deg
 from ssl_kit.arrays.geometry import ArrayGeometry, named_array
 from ssl_kit.arrays.random_arrays import random_layout, random_subarray
 from ssl_kit.lab.errors import CheckpointError, DataError, ParameterError
+from ssl_kit.lab.files import file_lock
 from ssl_kit.localize.array_bank import ArrayBank, ArrayBankConfig, build_array_bank
 from ssl_kit.localize.array_mixtures import ArrayMixtureConfig, ArrayMixtureStream
 from ssl_kit.localize.checkpoints import load_checkpoint, save_checkpoint
@@ -157,6 +159,18 @@ def test_a_killed_bank_ends_in_the_same_files(tmp_path):
     whole = ArrayBank(build_array_bank(tmp_path / "whole", config, workers=1))
     for name in config.shapes():
         assert np.array_equal(getattr(killed, name), getattr(whole, name)), name
+
+
+def test_two_writers_of_a_bank_take_turns(tmp_path):
+    """One that looked before the other began would empty the files that the other has mapped and returned."""
+    config = ArrayBankConfig(groups=1, rooms=1, walks=0, noises=1, n_taps=512, noise_s=0.5)
+    second = threading.Thread(target=build_array_bank, args=(tmp_path / "bank", config), kwargs={"workers": 1})
+    with file_lock(tmp_path / "bank" / ".lock"):
+        second.start()
+        second.join(1.0)
+        assert second.is_alive() and not list((tmp_path / "bank").glob("*.npy"))
+    second.join(240)
+    assert ArrayBank(tmp_path / "bank").responses.any()
 
 
 def test_it_learns_resumes_and_comes_back_from_its_checkpoint(bank, tmp_path):

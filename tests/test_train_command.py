@@ -43,6 +43,16 @@ def test_of_two_processes_one_saves_and_tells(tmp_path):
     assert (tmp_path / "model" / "checkpoint").is_dir()
 
 
+def test_torchrun_may_start_the_processes(tmp_path):
+    """Both come to the rooms at the same moment, and one of them makes them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+               "ssl_kit.lab.cli", "train", "ipdnet-variable", str(tmp_path / "model"), *SMALL, "--devices", "2",
+               "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["complete"] and (tmp_path / "model" / "checkpoint").is_dir()
+
+
 @pytest.mark.parametrize("options, words", [
     (["geonet", "x", "--array", "6cm"], "any array"),
     (["ipdnet", "x", "--steps", "0"], "more than 0"),

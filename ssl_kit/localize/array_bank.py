@@ -21,7 +21,7 @@ from ..arrays.rooms import SceneConfig, sample_scene, scene_responses, speech_im
 from ..lab.context import usable_cores
 from ..lab.corpora import SPLITS, noise_corpus, speech_corpus
 from ..lab.errors import DataError, ParameterError
-from ..lab.files import read_json, write_json
+from ..lab.files import file_lock, read_json, write_json
 from ..lab.noises import noise_samples
 from ..lab.progress import progress
 from ..lab.workers import process_pool
@@ -120,6 +120,12 @@ def build_array_bank(folder, config: ArrayBankConfig, seed: int = 0, split: str 
     workers compute the groups; they need the corpora, not the folder. Raises DataError when the folder holds a bank
     with other settings."""
     folder = Path(folder)
+    with file_lock(folder / ".lock"):  # a second writer would empty the files that the first has mapped
+        return _build(folder, config, seed, split, workers, root, scheduler)
+
+
+def _build(folder: Path, config: ArrayBankConfig, seed: int, split: str, workers: int | None, root, scheduler) -> Path:
+    "`build_array_bank` for who holds the folder's lock."
     identity = {"config": asdict(config), "seed": seed, "split": split}
     state = folder / "bank.json"
     if state.is_file():
