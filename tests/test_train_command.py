@@ -32,7 +32,7 @@ def test_from_speech_to_a_model_that_localizes(tmp_path, capsys):
 
 
 def test_of_two_processes_one_saves_and_tells(tmp_path):
-    """A time limit is no failure: the second process ended with a 3 as well, and the first was killed for it."""
+    """A time limit is no failure: the second ended with a 3 as well, for which its launcher may kill the first."""
     command = [sys.executable, "-m", "ssl_kit.lab.cli", "train", "ipdnet-variable", str(tmp_path / "model"), *SMALL,
                "--devices", "2", "--device", "cpu"]
     for options, code, steps in ((["--time-limit", "0"], 3, [1]), ([], 0, [1, 2])):

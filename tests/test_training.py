@@ -2,10 +2,10 @@
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -247,7 +247,14 @@ def two_processes(folder, case: str, **environment) -> subprocess.CompletedProce
     """What came of a training by two processes; returns when both have ended (both write to one pipe)."""
     (folder / "two.py").write_text(_TWO)
     command = [sys.executable, str(folder / "two.py"), os.path.dirname(__file__), str(folder / "run"), case]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | environment)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                          env=os.environ | environment) as process:
+        try:
+            said, errors = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the second one, too
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, said, errors)
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="threads can't be made slow on purpose here")
@@ -260,14 +267,13 @@ def test_two_processes_part_though_a_thread_of_the_group_is_late(tmp_path):
 
 @pytest.mark.parametrize("who", ["first", "second"])
 def test_a_process_that_fails_takes_the_other_along(tmp_path, who):
-    """Not after the half hour that one waits for another; and the reason is said."""
-    started = time.monotonic()
+    """And the reason is said."""
     done = two_processes(tmp_path, who)
     assert done.returncode != 0 and "training diverged" in done.stderr, done.stderr[-2000:]
-    assert time.monotonic() - started < 200
 
 
 def test_processes_that_can_not_meet_end(tmp_path):
+    """The first found the port in use and failed; the second waited half an hour for it."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
