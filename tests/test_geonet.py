@@ -4,8 +4,8 @@ import json
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -142,18 +142,22 @@ def test_a_bank_refuses_other_settings_and_unfinished_ones(bank, tmp_path):
 
 def test_a_killed_bank_ends_in_the_same_files(tmp_path):
     config = "ArrayBankConfig(groups=12, rooms=1, walks=0, noises=1, n_taps=512, noise_s=0.5)"
-    code = f"""if __name__ == "__main__":
-        import sys
+    code = textwrap.dedent(f"""
+        import os, signal, sys
+        from ssl_kit.localize import array_bank
         from ssl_kit.localize.array_bank import *
-        build_array_bank(sys.argv[1], {config}, workers=1)"""
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    state = tmp_path / "killed" / "bank.json"
-    while time.monotonic() < deadline and not (state.exists() and json.loads(state.read_text())["done"]):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 0 < len(json.loads(state.read_text())["done"]) < 12
+
+        def finished_groups(jobs, *rest, results=array_bank._results):
+            for number, result in enumerate(results(jobs, *rest)):
+                if number == 11:
+                    os.kill(os.getpid(), signal.SIGKILL)  # one computed since bank.json was written
+                yield result
+
+        array_bank._results = finished_groups
+        build_array_bank(sys.argv[1], {config}, workers=1)""")
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "killed")], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert len(json.loads((tmp_path / "killed" / "bank.json").read_text())["done"]) == 10
     config = ArrayBankConfig(groups=12, rooms=1, walks=0, noises=1, n_taps=512, noise_s=0.5)
     killed = ArrayBank(build_array_bank(tmp_path / "killed", config, workers=1))
     whole = ArrayBank(build_array_bank(tmp_path / "whole", config, workers=1))

@@ -1,6 +1,5 @@
 """Search of hyperparameters: kills, several workers, SQLite and PostgreSQL, pruning with a reason, two stages."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -40,29 +39,24 @@ plan = SearchPlan(n_surrogate=int(sys.argv[2]), top_k=2, heartbeat_s=1)
 result = search(sys.argv[1], "study", SPACE, train, lambda v, report: v["x"] ** 2, plan)
 print(result.best_value)
 """
-TRAIN = """import time
+TRAIN = """import os, signal, time
 from ssl_kit.nearfield.hpo import Span
 SPACE = {"x": Span(-4.0, 4.0), "n": Span(1, 64, log=True, whole=True), "kind": ("a", "b")}
+trained = []
 def train(values, report):
-    time.sleep(SECONDS)
+    if len(trained) == KILLED_AT:
+        os.kill(os.getpid(), signal.SIGKILL)
+    trained.append(values)
+    time.sleep(0.1)
     return (values["x"] - 1) ** 2
 """
 
 
-def worker(folder: Path, url: str, n: int, seconds: float) -> subprocess.Popen:
-    (folder / "tests_worker.py").write_text(TRAIN.replace("SECONDS", str(seconds)))
+def worker(folder: Path, url: str, n: int, killed_at: int | None = None) -> subprocess.Popen:
+    (folder / "tests_worker.py").write_text(TRAIN.replace("KILLED_AT", str(killed_at)))
     path = os.pathsep.join([str(folder), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen([sys.executable, "-c", WORKER, url, str(n)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env=os.environ | {"PYTHONPATH": path}, text=True)
-
-
-def wait_until(condition, seconds=240):
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        if (found := condition()) is not None:
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"not within {seconds} s")
 
 
 def each_ticket_once(study, n):
@@ -73,24 +67,14 @@ def each_ticket_once(study, n):
 
 
 def killed_in_the_middle(folder, url, n=6):
-    "Kill a worker while it is at a trial, go on here; the study and what it held before."
-    first = worker(folder, url, n, 0.25)
-
-    def busy():
-        try:
-            study = optuna.load_study(study_name="study", storage=open_storage(url))
-        except (KeyError, ParameterError):
-            return None
-        done = finished_tickets(study)
-        # with all its values drawn
-        running = [t for t in study.trials if t.state.name == "RUNNING" and t.params.keys() == SPACE.keys()]
-        return (done, running[0]) if len(done) >= 2 and running and len(done) < n - 1 else None
-    try:
-        done, running = wait_until(busy)
-        os.kill(first.pid, signal.SIGKILL)
-    finally:
-        first.kill()
-        first.communicate()
+    "A worker is killed while it is at its third trial, go on here; the study and what it held before."
+    first = worker(folder, url, n, killed_at=2)
+    said = first.communicate(timeout=240)
+    assert first.returncode == -signal.SIGKILL, said
+    study = optuna.load_study(study_name="study", storage=open_storage(url))
+    done = finished_tickets(study)
+    running, = (t for t in study.trials if t.state.name == "RUNNING")
+    assert len(done) == 2 and running.params.keys() == SPACE.keys()  # with all its values drawn
     plan = SearchPlan(n_surrogate=n, top_k=2, heartbeat_s=1)
     result = search(url, "study", SPACE, lambda v, report: (v["x"] - 1) ** 2, lambda v, report: v["x"] ** 2, plan)
     return result, done, running
@@ -115,7 +99,7 @@ def test_after_a_kill_nothing_is_lost_and_no_trial_is_too_many(tmp_path):
 
 
 def check_together(folder, url, n=8):
-    both = [worker(folder, url, n, 0.1) for _ in range(2)]
+    both = [worker(folder, url, n) for _ in range(2)]
     outputs = [one.communicate(timeout=240) for one in both]
     assert [one.returncode for one in both] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0]  # the same winner
@@ -154,7 +138,7 @@ def check_one_takes_it(url):
     behind = threading.Thread(target=take_behind)
     behind.start()
     take("ours", ours)
-    behind.join(60)
+    behind.join(240)
     assert taken == {"ours": True, "theirs": False}
 
 
@@ -195,7 +179,7 @@ def test_a_worker_that_died_before_its_first_sign_of_life_is_not_waited_for(tmp_
     worker = threading.Thread(target=lambda: ends.append(
         work(open_storage(url, 1), "s", [{}] * 2, {"x": Span(0, 1)}, lambda v, report: v["x"], plan)), daemon=True)
     worker.start()
-    worker.join(30)
+    worker.join(240)
     assert ends, "still waiting"
     each_ticket_once(ends[0], 2)
     assert [t.state.name for t in ends[0].trials] == ["FAIL", "COMPLETE", "COMPLETE"]
@@ -216,7 +200,7 @@ def test_workers_that_begin_together_add_each_trial_once(tmp_path, monkeypatch):
     for one in workers:
         one.start()
     for one in workers:
-        one.join(60)
+        one.join(240)
     study = optuna.load_study(study_name="s", storage=url)
     assert len(study.trials) == 6 and trial_table(study).attempts.tolist() == [1] * 6
     each_ticket_once(study, 6)
@@ -244,12 +228,15 @@ def postgresql(tmp_path_factory):
     server = subprocess.Popen([*as_user, home / "postgres", "-D", folder / "data", "-h", "127.0.0.1", "-p", str(port),
                                "-k", folder, "-F"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")
     try:
-        def answers():
-            with contextlib.suppress(psycopg.OperationalError):  # it listens before it lets anybody in
-                psycopg.connect(f"postgresql://tester@127.0.0.1:{port}/postgres").close()
-                return True
-        wait_until(answers, 120)
-        yield f"postgresql://tester@127.0.0.1:{port}"
+        address, limit = f"postgresql://tester@127.0.0.1:{port}", time.monotonic() + 240
+        while True:  # it listens before it lets anybody in
+            try:
+                psycopg.connect(f"{address}/postgres").close()
+                break
+            except psycopg.OperationalError as error:
+                assert server.poll() is None and time.monotonic() < limit, error
+                time.sleep(0.05)
+        yield address
     finally:
         stop = [*as_user, home / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop"]
         subprocess.run(stop, capture_output=True, cwd="/")
