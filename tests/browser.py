@@ -51,7 +51,7 @@ def page_server(page, *arguments, **environment):
         yield port
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait(120)
 
 
 def wait_for(condition, what, seconds=120):
@@ -149,4 +149,4 @@ def lab_server(folder):
         yield lambda name: f"http://127.0.0.1:{port}/lab/tree/{name}?reset&token={token}"
     finally:
         server.terminate()
-        server.wait(20)
+        server.wait(120)

@@ -197,7 +197,7 @@ import time
 from ssl_kit.lab.files import file_lock
 with file_lock({str(path)!r}):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
