@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import heard
 
 from ssl_kit.arrays.angles import angular_error_deg
 from ssl_kit.arrays.geometry import ArrayGeometry, named_array
@@ -165,14 +166,14 @@ def test_a_killed_bank_ends_in_the_same_files(tmp_path):
         assert np.array_equal(getattr(killed, name), getattr(whole, name)), name
 
 
-def test_two_writers_of_a_bank_take_turns(tmp_path):
+def test_two_writers_of_a_bank_take_turns(tmp_path, capsys):
     """One that looked before the other began would empty the files that the other has mapped and returned."""
     config = ArrayBankConfig(groups=1, rooms=1, walks=0, noises=1, n_taps=512, noise_s=0.5)
     second = threading.Thread(target=build_array_bank, args=(tmp_path / "bank", config), kwargs={"workers": 1})
     with file_lock(tmp_path / "bank" / ".lock"):
         second.start()
-        second.join(1.0)
-        assert second.is_alive() and not list((tmp_path / "bank").glob("*.npy"))
+        assert str(tmp_path / "bank") in heard(capsys, "is at it; waiting", second)
+        assert not list((tmp_path / "bank").glob("*.npy"))
     second.join(240)
     assert ArrayBank(tmp_path / "bank").responses.any()
 

@@ -1,18 +1,31 @@
 """`ssl-kit train`: rooms, training, checkpoint, going on, and what it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
+from waiting import heard
 
 from ssl_kit.arrays.geometry import named_array
 from ssl_kit.lab.cli import main
+from ssl_kit.lab.files import file_lock
 from ssl_kit.localize.protocol import localizer
 
 SMALL = ["--rooms", "8", "--steps", "2", "--epoch-steps", "1", "--batch-size", "2", "--clip-s", "0.3", "--workers", "1",
          "--mixers", "0", "--json"]
+
+
+def can_only_be_read(folder):
+    """Rooms in `folder` as the input of a batch is: nobody can open their locks for writing, root neither."""
+    locks = list(folder.rglob("rooms_*/.lock"))
+    assert len(locks) == 2
+    for lock in locks:
+        lock.unlink()
+        lock.mkdir()
 
 
 def test_from_speech_to_a_model_that_localizes(tmp_path, capsys):
@@ -26,6 +39,7 @@ def test_from_speech_to_a_model_that_localizes(tmp_path, capsys):
     track = method(np.random.default_rng(0).standard_normal((4, 8000)), named_array("respeaker"))
     assert track.n_frames == 5
     # the rooms serve another training, which starts where this one ended
+    can_only_be_read(folder)
     code = main(["train", "ipdnet-variable", str(tmp_path / "longer"), *SMALL, "--start", done["checkpoint"],
                  "--rooms-in", str(folder)])
     assert code == 0 and not (tmp_path / "longer" / "rooms_train").exists()
@@ -44,13 +58,60 @@ def test_of_two_processes_one_saves_and_tells(tmp_path):
 
 
 def test_torchrun_may_start_the_processes(tmp_path):
-    """Both come to the rooms at the same moment, and one of them makes them."""
+    """Both come to the rooms at the same moment, one makes them; a time limit is nothing that torchrun should mind."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
                "ssl_kit.lab.cli", "train", "ipdnet-variable", str(tmp_path / "model"), *SMALL, "--devices", "2",
                "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["complete"] and (tmp_path / "model" / "checkpoint").is_dir()
+    for options, complete in ((["--time-limit", "0"], False), ([], True)):
+        done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert json.loads(done.stdout)["complete"] == complete and (tmp_path / "model" / "checkpoint").is_dir()
+
+
+RING = ["--rooms", "16", "--steps", "1", "--batch-size", "2", "--clip-s", "0.3", "--workers", "1", "--mixers", "0"]
+
+
+@pytest.fixture(scope="module")
+def ring(tmp_path_factory):
+    """Rooms that a ring of nine heard, in a folder of their own."""
+    folder = tmp_path_factory.mktemp("ring")
+    assert main(["train", "crnn", str(folder / "a"), "--rooms-in", str(folder), *RING]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--array", "12cm"], "mics, positions_m;"), (["--rooms", "17"], "rooms;"), (["--seed", "1"], "seed;")])
+def test_rooms_with_other_settings_are_refused(ring, tmp_path, options, words, capsys):
+    """They were taken for those that had been asked for: a network of one array learned in the rooms of another."""
+    before = {path: path.stat().st_mtime_ns for path in ring.rglob("*")}
+    assert main(["train", "crnn", str(tmp_path / "b"), "--rooms-in", str(ring), *RING, *options]) == 2
+    said = capsys.readouterr().err
+    assert words in said and str(ring) in said
+    assert {path: path.stat().st_mtime_ns for path in ring.rglob("*")} == before
+
+
+def test_rooms_of_unknown_settings_are_refused_and_unfinished_ones_made(ring, tmp_path, capsys):
+    rooms = tmp_path / "rooms_train"
+    shutil.copytree(ring / "rooms_train", rooms)
+    command = ["train", "crnn", str(tmp_path / "b"), "--rooms-in", str(tmp_path), *RING]
+    (rooms / "rooms.json").unlink()
+    assert main(command) == 2 and "not known" in capsys.readouterr().err
+    (rooms / "facts.npy").unlink()
+    assert main(command) == 0
+    assert (rooms / "responses.npy").read_bytes() == (ring / "rooms_train" / "responses.npy").read_bytes()
+    can_only_be_read(tmp_path)
+    assert main(["train", "crnn", str(tmp_path / "c"), *command[3:]]) == 0
+
+
+def test_who_comes_while_rooms_are_made_says_that_he_waits(tmp_path, capsys):
+    codes, rooms = [], tmp_path / "rooms_train"
+    second = threading.Thread(target=lambda: codes.append(main(["train", "ipdnet", str(tmp_path), *RING])))
+    with file_lock(rooms / ".lock"):
+        second.start()
+        assert str(rooms) in heard(capsys, "is at it; waiting", second)
+        assert not list(rooms.glob("*.npy"))
+    second.join(240)
+    assert codes == [0]
 
 
 @pytest.mark.parametrize("options, words", [

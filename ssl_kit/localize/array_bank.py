@@ -6,6 +6,7 @@
 __all__ = ['ArrayBankConfig', 'make_group', 'build_array_bank', 'ArrayBank']
 
 # %% ../../nbs/localize/array_bank.ipynb #672f901c
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -120,20 +121,28 @@ def build_array_bank(folder, config: ArrayBankConfig, seed: int = 0, split: str 
     workers compute the groups; they need the corpora, not the folder. Raises DataError when the folder holds a bank
     with other settings."""
     folder = Path(folder)
-    with file_lock(folder / ".lock"):  # a second writer would empty the files that the first has mapped
-        return _build(folder, config, seed, split, workers, root, scheduler)
+    identity = _plain({"config": asdict(config), "seed": seed, "split": split})
+    if len(_known(folder, identity)["done"]) == config.groups:
+        return folder  # without the lock: it may be an input that is only read
+    with file_lock(folder / ".lock", on_wait=lambda pid: print(f"{folder}: process {pid} is at it; waiting",
+                                                               file=sys.stderr, flush=True)):
+        return _build(folder, config, seed, split, workers, root, scheduler, identity)
 
 
-def _build(folder: Path, config: ArrayBankConfig, seed: int, split: str, workers: int | None, root, scheduler) -> Path:
-    "`build_array_bank` for who holds the folder's lock."
-    identity = {"config": asdict(config), "seed": seed, "split": split}
+def _known(folder: Path, identity: dict) -> dict:
+    "What `bank.json` says, or would say at the beginning; DataError when it is of another bank."
     state = folder / "bank.json"
-    if state.is_file():
-        known = read_json(state)
-        if known["identity"] != _plain(identity):
-            raise DataError(f"{folder}: holds a bank with other settings; choose another folder or remove it")
-    else:
-        known = {"identity": _plain(identity), "done": []}
+    known = read_json(state) if state.is_file() else {"identity": identity, "done": []}
+    if known["identity"] != identity:
+        raise DataError(f"{folder}: holds a bank with other settings; choose another folder or remove it")
+    return known
+
+
+def _build(folder: Path, config: ArrayBankConfig, seed: int, split: str, workers: int | None, root, scheduler,
+           identity: dict) -> Path:
+    "`build_array_bank` for who holds the folder's lock: a second writer would empty files that the first has mapped."
+    state, known = folder / "bank.json", _known(folder, identity)
+    if not state.is_file():
         for name, (shape, dtype) in config.shapes().items():
             folder.mkdir(parents=True, exist_ok=True)
             array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(dtype), (config.groups, *shape))

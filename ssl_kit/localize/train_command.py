@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..lab.errors import ParameterError
+from ..lab.errors import DataError, ParameterError
+from ..lab.files import file_lock, read_json, to_plain, write_json
 from ..lab.train_options import add_number_options, add_run_options, changed_numbers, say_trained, whole_epochs
 
 # %% auto #0
@@ -87,17 +89,41 @@ def _any_stream(recipe: Recipe, folder: Path, split: str, speech: str, noise, ut
     return ArrayMixtureStream(ArrayBank(folder), utterances, mixtures, recipe.seed if train else recipe.seed + 1)
 
 
+def _ring_rooms(folder: Path, n: int, geometry, seed: int, split: str, workers) -> None:
+    "Rooms heard by one array, made in `folder` where they are not there yet; DataError when it holds others."
+    from ssl_kit.arrays.rooms import SceneConfig
+    from ssl_kit.localize.mixtures import build_response_bank
+
+    about = folder / "rooms.json"
+    wanted = to_plain({"rooms": n, "mics": geometry.names, "positions_m": geometry.positions_m.round(9), "seed": seed,
+                       "split": split, "scenes": asdict(SceneConfig())})
+
+    def whole() -> bool:
+        found = read_json(about) if about.is_file() else wanted
+        differing = [name for name in wanted if found.get(name) != wanted[name]]
+        if differing or ((folder / "facts.npy").exists() and not about.is_file()):
+            raise DataError(f"{folder}: holds rooms with other {', '.join(differing) or 'settings, which are not known'};"
+                            " choose another folder or remove it")
+        return (folder / "facts.npy").exists()  # it is written last
+
+    if whole():
+        return  # without the lock: they may be an input that is only read
+    with file_lock(folder / ".lock", on_wait=lambda pid: print(f"{folder}: process {pid} is at it; waiting",
+                                                               file=sys.stderr, flush=True)):
+        if not whole():
+            write_json(about, wanted)
+            build_response_bank(folder, n, geometry, seed=seed, split=split, workers=workers)
+
+
 def _ring_stream(recipe: Recipe, folder: Path, split: str, noise, utterances, workers):
     "Rooms with one array, whose ring is turned by relabelling."
     import numpy as np
 
     from ssl_kit.arrays.geometry import named_array
-    from ssl_kit.localize.mixtures import MixtureConfig, MixtureStream, build_response_bank, diffuse_bank
+    from ssl_kit.localize.mixtures import MixtureConfig, MixtureStream, diffuse_bank
 
     geometry, train = named_array(recipe.array).order("reference_last"), split == "train"
-    if not (folder / "facts.npy").exists():
-        build_response_bank(folder, recipe.rooms if train else max(16, recipe.rooms // 20), geometry,
-                            seed=recipe.seed, split=split, workers=workers)
+    _ring_rooms(folder, recipe.rooms if train else max(16, recipe.rooms // 20), geometry, recipe.seed, split, workers)
     clips = _noise_clips(noise, split)
     mixtures = MixtureConfig(round((recipe.clip_s if train else 2.0) * 16000), recipe.batch_size,
                              recipe.snr_db if train else (5.0, 20.0),
@@ -167,8 +193,11 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    "Train; exit code 0 when the training is complete, 3 when the time limit came first. Raises the kit's errors."
+    """Train; exit code 0 when the training is complete, 3 when the time limit came first (0 under torchrun as well).
+
+    Raises the kit's errors."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
+    from torch.distributed import is_torchelastic_launched
 
     from ssl_kit.localize.checkpoints import load_checkpoint, save_checkpoint
     from ssl_kit.localize.training import TrainingConfig, train_network
@@ -191,4 +220,6 @@ def run_train(args: argparse.Namespace) -> int:
     about |= {"array": recipe.array} if recipe.pool == "ring" else {}
     save_checkpoint(folder / "checkpoint", network, about)
     done = history[-1]["step"] == recipe.steps
-    return say_trained(folder / "checkpoint", history, recipe.steps, done, args.json)
+    code = say_trained(folder / "checkpoint", history, recipe.steps, done, args.json)
+    # torchrun takes whatever is not 0 for a failure, and may begin again
+    return 0 if is_torchelastic_launched() else code
