@@ -19,6 +19,7 @@ from ..arrays.geometry import ArrayGeometry
 from ..arrays.random_arrays import N_LAYOUT, random_layout
 from ..arrays.recordings import SourcePool, voice_activity
 from ..arrays.rooms import SceneConfig, sample_scene, scene_responses, speech_image
+from ..lab.claims import map_array
 from ..lab.context import usable_cores
 from ..lab.corpora import SPLITS, noise_corpus, speech_corpus
 from ..lab.errors import DataError, ParameterError
@@ -214,4 +215,8 @@ class ArrayBank:
                             "call build_array_bank again")
         self.folder, self.identity, self.n_groups = folder, about["identity"], n_groups
         for path in sorted(folder.glob("*.npy")):
-            setattr(self, path.stem, np.load(path, mmap_mode="r"))
+            array = map_array(path)
+            if len(array) != n_groups:
+                raise DataError(f"{path}: expected {n_groups} groups, found {len(array)}; remove its folder, it is "
+                                "made anew")
+            setattr(self, path.stem, array)

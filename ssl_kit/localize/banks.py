@@ -16,10 +16,11 @@ import numpy as np
 from ..arrays.geometry import ArrayGeometry, named_array
 from ..arrays.recordings import Recording, source_pool
 from ..arrays.rooms import SceneConfig, render_scene, sample_scene
+from ..lab.claims import claim_folder
 from ..lab.context import usable_cores
 from ..lab.corpora import NOISE_CORPORA, SPLITS
 from ..lab.errors import DataError, ParameterError
-from ..lab.files import DAMAGED_ARRAYS, atomic_write, read_json, to_plain, write_json
+from ..lab.files import DAMAGED_ARRAYS, atomic_write, read_json, write_json
 from ..lab.progress import progress
 from ..lab.threads import torch_threads
 from ..lab.workers import process_pool
@@ -186,21 +187,6 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _claim(plan: BankPlan, folder: Path) -> None:
-    "Write the plan beside its parts; DataError when those that are there belong to another plan, or to none."
-    path, mine = folder / "plan.json", to_plain(asdict(plan))
-    if path.is_file():
-        there = read_json(path)
-        apart = sorted(key for key in mine if not isinstance(there, dict) or there.get(key) != mine[key])
-        if apart:
-            raise DataError(f"{folder}: its parts were made with another {', '.join(apart)}; choose another folder, or "
-                            "remove this one")
-    elif any(folder.glob("part_*.npz")):
-        raise DataError(f"{folder}: holds parts, but no plan.json that says of what; remove the folder")
-    else:
-        write_json(path, mine)
-
-
 def make_parts(plan: BankPlan, folder, workers: int | None = None, part_size: int = 20,
                probes: Mapping[str, object] | None = None) -> list[Path]:
     """Render and ask, in parts that are kept when the run is interrupted; any number of workers gives the same answers
@@ -209,7 +195,7 @@ def make_parts(plan: BankPlan, folder, workers: int | None = None, part_size: in
     probes: own probes or localizers for names in plan.networks; with several workers their class must be importable.
     Raises DataError when the folder holds parts of another plan."""
     folder, own = Path(folder), dict(probes or {})
-    _claim(plan, folder)
+    claim_folder(folder, asdict(plan))
     workers = min(usable_cores(), 8) if workers is None else workers
     starts = range(0, plan.n, part_size)
     jobs = [(plan, folder / f"part_{start:06d}.npz", list(range(start, min(start + part_size, plan.n))), own)

@@ -8,7 +8,7 @@ __all__ = ['BOUND', 'ComparisonPlan', 'heard_by', 'answer', 'compare_localizers'
 # %% ../../nbs/localize/comparison.ipynb #36c35940
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ..arrays.angles import angular_error_deg
 from ..arrays.geometry import ArrayGeometry, named_array
 from ..arrays.recordings import source_pool
 from ..arrays.rooms import SceneConfig, render_scene, sample_scene
+from ..lab.claims import claim_folder
 from ..lab.context import usable_cores
 from ..lab.errors import ParameterError
 from ..lab.progress import progress
@@ -105,16 +106,32 @@ def _make_part(args) -> int:
     return len(indices)
 
 
+def _is_whole(plan: ComparisonPlan, path: Path, indices: Sequence[int]) -> bool:
+    "Whether a part can be read, and has a row for each recording, array and method."
+    import pandas
+
+    if not path.is_file():
+        return False
+    try:
+        rows = pandas.read_csv(path)
+        asked = [(index, array, method) for index in indices for array in plan.arrays for method in plan.methods]
+        return sorted(zip(rows["index"], rows.array, rows.method, strict=True)) == sorted(asked)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return False
+
+
 def compare_localizers(plan: ComparisonPlan, folder, workers: int | None = None, part_size: int = 10):
     """DataFrame with a row for each recording, array and method of a plan; finished parts in `folder` are kept.
 
-    The folder must belong to this plan. Any number of workers gives the same answers (times differ)."""
+    Any number of workers gives the same answers (times differ). Raises DataError when the folder holds parts of
+    another plan."""
     import pandas
 
     folder = Path(folder)
+    claim_folder(folder, asdict(plan), parts="part_*.csv")
     parts = [(plan, folder / f"part_{start:05d}.csv", list(range(start, min(start + part_size, plan.n))))
              for start in range(0, plan.n, part_size)]
-    waiting = [job for job in parts if not job[1].is_file()]
+    waiting = [job for job in parts if not _is_whole(*job)]
     workers = workers if workers is not None else usable_cores()
     with progress(total=plan.n, label=f"{plan.split} rooms") as bar:
         bar.update(plan.n - sum(len(job[2]) for job in waiting))

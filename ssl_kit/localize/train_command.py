@@ -10,8 +10,9 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..lab.errors import DataError, ParameterError
-from ..lab.files import file_lock, read_json, to_plain, write_json
+from ..lab.claims import claim_folder, map_array
+from ..lab.errors import ParameterError
+from ..lab.files import file_lock
 from ..lab.train_options import add_number_options, add_run_options, changed_numbers, say_trained, whole_epochs
 
 # %% auto #0
@@ -94,24 +95,16 @@ def _ring_rooms(folder: Path, n: int, geometry, seed: int, split: str, workers) 
     from ssl_kit.arrays.rooms import SceneConfig
     from ssl_kit.localize.mixtures import build_response_bank
 
-    about = folder / "rooms.json"
-    wanted = to_plain({"rooms": n, "mics": geometry.names, "positions_m": geometry.positions_m.round(9), "seed": seed,
-                       "split": split, "scenes": asdict(SceneConfig())})
-
-    def whole() -> bool:
-        found = read_json(about) if about.is_file() else wanted
-        differing = [name for name in wanted if found.get(name) != wanted[name]]
-        if differing or ((folder / "facts.npy").exists() and not about.is_file()):
-            raise DataError(f"{folder}: holds rooms with other {', '.join(differing) or 'settings, which are not known'};"
-                            " choose another folder or remove it")
-        return (folder / "facts.npy").exists()  # it is written last
-
-    if whole():
+    contents = {"rooms": n, "mics": geometry.names, "positions_m": geometry.positions_m.round(9), "seed": seed,
+                "split": split, "scenes": asdict(SceneConfig())}
+    last = folder / "facts.npy"  # that is written
+    if last.is_file():
+        claim_folder(folder, contents, "rooms.json", last.name)
         return  # without the lock: they may be an input that is only read
     with file_lock(folder / ".lock", on_wait=lambda pid: print(f"{folder}: process {pid} is at it; waiting",
                                                                file=sys.stderr, flush=True)):
-        if not whole():
-            write_json(about, wanted)
+        claim_folder(folder, contents, "rooms.json", last.name)
+        if not last.is_file():
             build_response_bank(folder, n, geometry, seed=seed, split=split, workers=workers)
 
 
@@ -123,12 +116,14 @@ def _ring_stream(recipe: Recipe, folder: Path, split: str, noise, utterances, wo
     from ssl_kit.localize.mixtures import MixtureConfig, MixtureStream, diffuse_bank
 
     geometry, train = named_array(recipe.array).order("reference_last"), split == "train"
-    _ring_rooms(folder, recipe.rooms if train else max(16, recipe.rooms // 20), geometry, recipe.seed, split, workers)
+    n_rooms = recipe.rooms if train else max(16, recipe.rooms // 20)
+    _ring_rooms(folder, n_rooms, geometry, recipe.seed, split, workers)
+    responses = map_array(folder / "responses.npy", (n_rooms, geometry.n_mics, None))
     clips = _noise_clips(noise, split)
     mixtures = MixtureConfig(round((recipe.clip_s if train else 2.0) * 16000), recipe.batch_size,
                              recipe.snr_db if train else (5.0, 20.0),
                              point_noise_share=recipe.point_noise_share if train else 0.0)
-    return MixtureStream(np.load(folder / "responses.npy", mmap_mode="r"), np.load(folder / "facts.npy"), utterances,
+    return MixtureStream(responses, np.array(map_array(folder / "facts.npy", (n_rooms, 3))), utterances,
                          diffuse_bank(clips, geometry, 6.0, recipe.seed), mixtures, recipe.seed,
                          [k for k, clip in enumerate(clips) if clip.category != "babble"], geometry)
 
