@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
+from stage_notebooks import write_stage
 
 from ssl_kit.lab import figures, figures_command, report, report_command
 from ssl_kit.lab.errors import DataError, MissingDataError, ParameterError, StorageError
@@ -286,6 +287,34 @@ def test_changed_code_is_noticed(runs, tmp_path, monkeypatch):
     cells[2]["source"] = "x = 2"
     write_json(stages / "toy.ipynb", {"cells": cells})
     assert figures_command._code_reasons(origin) == ["code has changed since (stage)"]
+
+
+def test_changed_code_of_a_stage_before_is_noticed(runs, tmp_path, monkeypatch, capsys):
+    """Banks made by other code, and the figures that rest on them were called fresh."""
+    from ssl_kit.lab.provenance import code_digests
+    from ssl_kit.lab.stages import find_stage
+
+    def write(n):
+        write_stage(tmp_path / "stages", "rooms", cells=[f"x = {n}"])
+        write_stage(tmp_path / "stages", "banks", "dict(title='B', needs=['rooms'])")
+        write_stage(tmp_path / "stages", "study", "dict(title='S', needs=['banks'])")
+
+    monkeypatch.setenv("SSL_KIT_STAGES", str(tmp_path / "stages"))
+    write(1)
+    for stage, upstream in (("rooms", {}), ("banks", {"rooms": "rooms1"}), ("study", {"banks": "banks1"})):
+        run = make_run(runs, stage, f"{stage}1", stage)
+        found = read_json(run.folder / "provenance.json")
+        code = {"digests": code_digests(find_stage(stage).source)}
+        write_json(run.folder / "provenance.json", {**found, "upstream": upstream, "code": code})
+    figures_command.export_figures()
+    assert call(figures_command, "figures", "--check") == 0
+    capsys.readouterr()
+    write(2)
+    said = ["code of what it rests on has changed since (rooms)"]
+    assert stale(capsys) == {"rooms": [], "rooms_table": [], "banks": said, "banks_table": said, "study": said,
+                             "study_table": said}
+    shutil.rmtree(runs)  # a fresh clone has no runs, and knows it as well
+    assert stale(capsys)["study"] == ["its run study/study1 is not here", *said]
 
 
 def test_two_stages_may_not_share_a_name(runs):

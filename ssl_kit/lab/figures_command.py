@@ -18,7 +18,7 @@ from typing import Any
 from .chapters import chapter_texts
 from .errors import DataError, MissingDataError
 from .figures import write_together
-from .files import read_json, remove_leftovers, sha256_file, to_plain
+from .files import read_json, remove_leftovers, sha256_file, sha256_json, to_plain
 from .provenance import code_digests
 from .runs import Run, all_runs, assert_as_written
 from .stages import find_stage
@@ -40,11 +40,24 @@ def newest_runs(profiles: Iterable[str] = ("quick", "full")) -> list[Run]:
     return list(newest.values())
 
 # %% ../../nbs/lab/figures_command.ipynb #37a9edec
+def _code_of_upstream(run: Run) -> dict[str, str]:
+    "Stage -> one hash of its code, for all runs that `run` rests on, as far as they are still here."
+    found: dict[str, str] = {}
+    waiting = list(run.provenance.get("upstream", {}).items())
+    while waiting:
+        stage, run_id = waiting.pop()
+        needed = Run(run.folder.parents[1] / stage / run_id)
+        if stage not in found and (digests := needed.provenance.get("code", {}).get("digests")):
+            found[stage] = sha256_json(digests)
+            waiting += needed.provenance.get("upstream", {}).items()
+    return dict(sorted(found.items()))
+
+
 def _thesis_files(run: Run) -> dict[str, dict[str, bytes]]:
     "Name -> {file name: content} for the thesis figures of a run and, when it has any, its LaTeX tables."
     assert_as_written(run.folder)
     found: dict[str, dict[str, bytes]] = {}
-    digests = run.provenance.get("code", {}).get("digests", {})
+    code = {"code_digests": run.provenance.get("code", {}).get("digests", {}), "upstream_code": _code_of_upstream(run)}
     origins = [(path, read_json(path)) for path in sorted((run.folder / "figures").glob("*.origin.json"))]
     for path, origin in origins:
         if not origin.get("thesis"):
@@ -54,12 +67,12 @@ def _thesis_files(run: Run) -> dict[str, dict[str, bytes]]:
                 raise DataError(f"{path.parent / name}: missing or altered since the run {run.stage}/{run.run_id}; "
                                 f"make it anew: ssl-kit run {run.stage} --force")
         found[origin["name"]] = {name: (path.parent / name).read_bytes() for name in origin["files"]}
-        record = to_plain({**origin, "code_digests": digests})
+        record = to_plain({**origin, **code})
         found[origin["name"]][path.name] = (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
     if found:
         for path in sorted((run.folder / "tables").glob("*.tex")):
             record = {"name": path.stem, "stage": run.stage, "run_id": run.run_id, "parameters": run.parameters,
-                      "thesis": True, "files": {path.name: sha256_file(path)}, "code_digests": digests}
+                      "thesis": True, "files": {path.name: sha256_file(path)}, **code}
             beside = found.get(path.stem, {})                        # a figure of the same name: one origin for both
             if beside:
                 record = json.loads(beside[f"{path.stem}.origin.json"])
@@ -123,6 +136,19 @@ def _code_reasons(origin: dict[str, Any]) -> list[str]:
     return [f"code has changed since ({', '.join(changed[:3])}{' …' if len(changed) > 3 else ''})"] if changed else []
 
 
+def _upstream_reasons(origin: dict[str, Any], now: dict[str, str | None]) -> list[str]:
+    "Has the code of a stage that the figure rests on changed since? `now` keeps hashes from one figure to the next."
+    changed = []
+    for stage, then in origin.get("upstream_code", {}).items():
+        if stage not in now:
+            try:
+                now[stage] = sha256_json(code_digests(find_stage(stage).source))
+            except MissingDataError:
+                now[stage] = None  # an installed package without the notebooks can't tell
+        changed += [stage] if now[stage] not in (None, then) else []
+    return [f"code of what it rests on has changed since ({', '.join(changed)})"] if changed else []
+
+
 def _run_reasons(origin: dict[str, Any], newest: dict[str, Run], known: set[tuple[str, str]]) -> list[str]:
     "Is the run that made a figure here, and the newest?"
     stage, run_id = origin.get("stage"), origin.get("run_id")
@@ -140,7 +166,7 @@ def check_figures(folder: str | os.PathLike | None = None) -> list[FigureState]:
     folder = figures_folder() if folder is None else Path(folder)
     newest = {run.stage: run for run in newest_runs()}
     known = {(run.stage, run.run_id) for run in all_runs()}
-    states = []
+    states, hashes = [], {}
     for path in sorted(folder.glob("*.origin.json")):
         origin = read_json(path)
         reasons = []
@@ -149,7 +175,7 @@ def check_figures(folder: str | os.PathLike | None = None) -> list[FigureState]:
                 reasons.append(f"{name} is missing")
             elif sha256_file(folder / name) != digest:
                 reasons.append(f"{name} was altered")
-        reasons += _run_reasons(origin, newest, known) + _code_reasons(origin)
+        reasons += _run_reasons(origin, newest, known) + _code_reasons(origin) + _upstream_reasons(origin, hashes)
         states.append(FigureState(origin["name"], origin["stage"], origin.get("run_id"), tuple(reasons)))
     texts = chapter_texts([read_json(path) for path in folder.glob("*.origin.json")])
     for name, text in sorted(texts.items()):
