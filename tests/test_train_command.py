@@ -90,6 +90,22 @@ def test_rooms_with_other_settings_are_refused(ring, tmp_path, options, words, c
     assert {path: path.stat().st_mtime_ns for path in ring.rglob("*")} == before
 
 
+@pytest.mark.parametrize("changed", ["noise", "start", "array, rooms"])
+def test_a_training_goes_on_with_what_it_was_begun_with(ring, tmp_path, changed, capsys):
+    """Other material was taken up in the middle, and another start had no effect, but stood in the checkpoint."""
+    shutil.copytree(ring / "a", tmp_path / "a")
+    other = {"noise": ["--noise", "esc10"], "start": ["--start", str(ring / "a" / "checkpoint")],
+             "array, rooms": ["--array", "12cm", "--rooms", "17", "--rooms-in", str(tmp_path)]}[changed]
+    before = (tmp_path / "a" / "training" / "last.ckpt").read_bytes()
+    assert main(["train", "crnn", str(tmp_path / "a"), "--rooms-in", str(ring), *RING, *other]) == 2
+    said = capsys.readouterr().err
+    assert f"another {changed};" in said and str(tmp_path / "a" / "training") in said
+    assert (tmp_path / "a" / "training" / "last.ckpt").read_bytes() == before and not list(tmp_path.rglob("rooms_*"))
+    if changed == "start":  # one that had not begun when it ended is held to nothing
+        (tmp_path / "a" / "training" / "last.ckpt").unlink()
+        assert main(["train", "crnn", str(tmp_path / "a"), "--rooms-in", str(ring), *RING, *other]) == 0
+
+
 def test_rooms_of_unknown_settings_are_refused_and_unfinished_ones_made(ring, tmp_path, capsys):
     rooms = tmp_path / "rooms_train"
     shutil.copytree(ring / "rooms_train", rooms)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..lab.claims import claim_folder, map_array
 from ..lab.errors import ParameterError
-from ..lab.files import file_lock
+from ..lab.files import file_lock, write_json
 from ..lab.train_options import add_number_options, add_run_options, changed_numbers, say_trained, whole_epochs
 
 # %% auto #0
@@ -199,8 +199,15 @@ def run_train(args: argparse.Namespace) -> int:
 
     recipe, folder = chosen_recipe(args), Path(args.folder)
     noise = [name for name in args.noise.split(",") if name]
-    start = load_checkpoint(args.start)[0] if args.start else None
+    start, begun_from = load_checkpoint(args.start) if args.start else (None, {"sha256": None})
+    # other material would be taken up in the middle, and another start would have no effect any more
+    asked = asdict(recipe) | {"speech": args.speech, "noise": noise, "start": begun_from["sha256"]}
+    begun = (folder / "training" / "last.ckpt").is_file()
+    if begun:
+        claim_folder(folder / "training", asked, "asked.json", parts="asked.json")
     streams = make_streams(recipe, args.rooms_in or folder, args.speech, noise, args.workers, args.scheduler)
+    if not begun:
+        write_json(folder / "training" / "asked.json", asked)
     config = TrainingConfig(steps=recipe.steps, epoch_steps=recipe.epoch_steps, learning_rate=recipe.learning_rate,
                             warmup_steps=min(100, recipe.steps // 4), loss=recipe.loss, workers=args.mixers,
                             seed=recipe.seed)
