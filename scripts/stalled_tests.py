@@ -13,8 +13,8 @@ import time
 import psutil
 
 
-def stall_once(tests: psutil.Process, rng: random.Random, longest_s: float) -> str | None:
-    """Stop one process for up to `longest_s` and let it go on; its name, None where it ended meanwhile."""
+def stall_once(tests: psutil.Process, rng: random.Random, longest_s: float) -> bool:
+    """Stop one process for up to `longest_s` and let it go on; False where it ended meanwhile."""
     try:
         started = tests.children(recursive=True)
         # alone the tests would only take longer; beside others they may come too late
@@ -25,9 +25,9 @@ def stall_once(tests: psutil.Process, rng: random.Random, longest_s: float) -> s
             time.sleep(seconds)
         finally:
             victim.resume()
-        return victim.name()
+        return True
     except psutil.Error:
-        return None
+        return False
 
 
 def main() -> int:
@@ -39,7 +39,7 @@ def main() -> int:
     rng, stalls = random.Random(args.seed), 0
     while tests.poll() is None:
         time.sleep(rng.uniform(0.2, 1.0))
-        stalls += stall_once(psutil.Process(tests.pid), rng, args.longest) is not None
+        stalls += stall_once(psutil.Process(tests.pid), rng, args.longest)
     print(f"{stalls} stalls")
     return tests.returncode
 
